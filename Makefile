@@ -1,0 +1,41 @@
+# Two commands matter: `make demo` and `make test`. Each sets itself up: virtual environment, dependencies, extension.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+# Two threads: more only makes small LAPACK calls fight each other.
+export OMP_NUM_THREADS ?= 2
+export MKL_NUM_THREADS ?= 2
+export MAX_JOBS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint bench clean setup
+
+demo: $(STAMP)
+	$(BIN)/loraforge demo --out demo-run --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest -q --benchmark-only --benchmark-disable-gc benchmarks
+	$(BIN)/python -m benchmarks.merge_factored
+	$(BIN)/python -m benchmarks.iteris_against_loop
+
+setup: $(STAMP)
+
+$(STAMP): $(BUILD_INPUTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt "setuptools>=77" wheel ninja pybind11 numpy torch
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build demo-run *.egg-info loraforge/_C*.so

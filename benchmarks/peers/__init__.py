@@ -1,0 +1,1 @@
+"""Peers: what a competent PyTorch user would write, so that the benchmarks compare with something real."""

@@ -1,0 +1,115 @@
+// What follows the SVD of a core: the rank that an energy asks for, and the split of the singular values over two factors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "../common/cast.h"
+#include "../common/checks.h"
+
+namespace loraforge {
+namespace {
+
+// Scaling by a power of two is exact: ties at the threshold stay ties, and squares of any S neither over- nor underflow.
+template <typename T>
+int64_t rank_of(const T* s, int64_t R, double energy) {
+  const double top = R ? static_cast<double>(*std::max_element(s, s + R)) : 0.0;
+  if (!(top > 0.0)) {
+    return 0;
+  }
+  int exponent;
+  std::frexp(top, &exponent);
+  const double unit = std::ldexp(1.0, -std::max(exponent, -1000));
+  double total = 0.0, head = 0.0;
+  for (int64_t i = 0; i < R; ++i) {
+    const double value = static_cast<double>(s[i]) * unit;
+    total += value * value;
+  }
+  for (int64_t i = 0; i < R; ++i) {
+    const double value = static_cast<double>(s[i]) * unit;
+    head += value * value;
+    if (head >= energy * total) {
+      return i + 1;
+    }
+  }
+  return R;
+}
+
+Tensor pick_rank(const Tensor& S, double energy, int64_t min_rank, int64_t max_rank) {
+  if (S.dim() != 1) {
+    check_dim("pick_rank", "S", S, 2, "(R,) or (b, R)");
+  }
+  check_dim("pick_rank", "S", S, S.dim(), "(R,) or (b, R)");
+  check_dtype("pick_rank", "S", S, {ScalarType::Float, ScalarType::Double});
+  const Tensor rows = torch::stable::contiguous(S);
+  const int64_t R = S.size(S.dim() - 1), b = S.dim() == 2 ? S.size(0) : 1;
+  Tensor out = S.dim() == 2 ? torch::stable::new_empty(S, {b}, ScalarType::Long)
+                            : torch::stable::new_empty(S, {}, ScalarType::Long);
+  int64_t* ranks = out.mutable_data_ptr<int64_t>();
+  const int64_t cap = std::min(max_rank, R);
+  for (int64_t row = 0; row < b; ++row) {
+    const int64_t rank = S.scalar_type() == ScalarType::Float
+        ? rank_of(rows.const_data_ptr<float>() + row * R, R, energy)
+        : rank_of(rows.const_data_ptr<double>() + row * R, R, energy);
+    ranks[row] = std::min(std::max(rank, min_rank), cap);
+  }
+  return out;
+}
+
+template <typename T, typename Out>
+void write_factors(const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t rank, Out* left, Out* right) {
+  const int64_t m = U.size(0), n = Vh.size(1), u0 = U.stride(0), u1 = U.stride(1), v0 = Vh.stride(0), v1 = Vh.stride(1);
+  const T* u = U.const_data_ptr<T>();
+  const T* v = Vh.const_data_ptr<T>();
+  const T* s = S.const_data_ptr<T>();
+  for (int64_t k = 0; k < rank; ++k) {
+    const T root = std::sqrt(s[k * S.stride(0)]);
+    for (int64_t i = 0; i < m; ++i) {
+      left[i * rank + k] = cast_one<T, Out>(u[i * u0 + k * u1] * root);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      right[k * n + i] = cast_one<T, Out>(v[k * v0 + i * v1] * root);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> scale_write(
+    const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t rank, ScalarType dtype) {
+  check_dim("scale_write", "U", U, 2, "(m, R)");
+  check_dim("scale_write", "S", S, 1, "(R,)");
+  check_dim("scale_write", "Vh", Vh, 2, "(R, n)");
+  check_dtype("scale_write", "S", S, {ScalarType::Float, ScalarType::Double});
+  check_dtype("scale_write", "U", U, {S.scalar_type()});
+  check_dtype("scale_write", "Vh", Vh, {S.scalar_type()});
+  check_size("scale_write", "U", U, 1, S.size(0), "R of S");
+  check_size("scale_write", "Vh", Vh, 0, S.size(0), "R of S");
+  if (rank < 0 || rank > S.size(0)) {
+    refuse("scale_write", "rank", "value " + std::to_string(rank), "0 to " + std::to_string(S.size(0)));
+  }
+  Tensor B = torch::stable::new_empty(U, {U.size(0), rank}, dtype);
+  Tensor A = torch::stable::new_empty(U, {rank, Vh.size(1)}, dtype);
+  check_dtype(
+      "scale_write", "the result", B,
+      {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+  for_float_type(dtype, [&](auto zero) {
+    using Out = decltype(zero);
+    Out* left = static_cast<Out*>(B.mutable_data_ptr());
+    Out* right = static_cast<Out*>(A.mutable_data_ptr());
+    if (S.scalar_type() == ScalarType::Float) {
+      write_factors<float>(U, S, Vh, rank, left, right);
+    } else {
+      write_factors<double>(U, S, Vh, rank, left, right);
+    }
+  });
+  return {B, A};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(loraforge, CPU, m) {
+  m.impl("pick_rank", TORCH_BOX(&pick_rank));
+  m.impl("scale_write", TORCH_BOX(&scale_write));
+}
+
+} // namespace loraforge

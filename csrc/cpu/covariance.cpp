@@ -1,0 +1,195 @@
+// Preparation of rows for a Gram product, and the addition of a product into a double accumulator.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../common/cast.h"
+#include "../common/checks.h"
+#include "../common/isa.h"
+#include "../common/layout.h"
+
+namespace loraforge {
+namespace {
+
+template <typename From, typename To, typename Compute>
+LF_BODY void pack_body(const From* from, To* to, Compute weight, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = cast_one<Compute, To>(cast_one<From, Compute>(from[i]) * weight);
+  }
+}
+
+// One clone a pair of types; double arithmetic where either side is double, else float.
+#define LF_PACK(From, To, Compute)                                            \
+  LF_CLONES void pack_row(const From* from, To* to, double weight, int64_t n) { \
+    pack_body<From, To, Compute>(from, to, static_cast<Compute>(weight), n);    \
+  }
+#define LF_PACK_FROM(From, Wide)  \
+  LF_PACK(From, float, Wide)      \
+  LF_PACK(From, BFloat16, Wide)   \
+  LF_PACK(From, Half, Wide)       \
+  LF_PACK(From, double, double)
+LF_PACK_FROM(float, float)
+LF_PACK_FROM(BFloat16, float)
+LF_PACK_FROM(Half, float)
+LF_PACK_FROM(double, double)
+#undef LF_PACK_FROM
+#undef LF_PACK
+
+std::vector<double> as_doubles(const Tensor& t) {
+  const Tensor flat = torch::stable::contiguous(t);
+  std::vector<double> values(static_cast<size_t>(t.size(0)));
+  for_float_type(t.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = static_cast<const T*>(flat.const_data_ptr());
+    std::transform(from, from + values.size(), values.begin(), [](T x) { return cast_one<T, double>(x); });
+  });
+  return values;
+}
+
+std::vector<int64_t> kept_rows(const std::optional<Tensor>& mask, int64_t rows) {
+  std::vector<int64_t> kept;
+  kept.reserve(static_cast<size_t>(rows));
+  const std::optional<Tensor> flat = mask ? std::optional<Tensor>(torch::stable::contiguous(*mask)) : std::nullopt;
+  const bool* keep = flat ? flat->const_data_ptr<bool>() : nullptr;
+  for (int64_t t = 0; t < rows; ++t) {
+    if (keep == nullptr || keep[t]) {
+      kept.push_back(t);
+    }
+  }
+  return kept;
+}
+
+Tensor cov_pack(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weight, ScalarType dtype) {
+  const auto floats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+  check_dim("cov_pack", "x", x, 2, "(T, d)");
+  check_dtype("cov_pack", "x", x, floats);
+  if (mask) {
+    check_dim("cov_pack", "mask", *mask, 1, "(T,)");
+    check_dtype("cov_pack", "mask", *mask, {ScalarType::Bool});
+    check_size("cov_pack", "mask", *mask, 0, x.size(0), "T of x");
+  }
+  if (weight) {
+    check_dim("cov_pack", "weight", *weight, 1, "(T,)");
+    check_dtype("cov_pack", "weight", *weight, floats);
+    check_size("cov_pack", "weight", *weight, 0, x.size(0), "T of x");
+  }
+  const Tensor rows = unit_stride(x);
+  const int64_t d = x.size(1), stride = rows.stride(0);
+  const std::vector<int64_t> kept = kept_rows(mask, x.size(0));
+  const std::vector<double> scale = weight ? as_doubles(*weight) : std::vector<double>();
+  const int64_t count = static_cast<int64_t>(kept.size());
+  Tensor out = torch::stable::new_empty(x, {count, d}, dtype);
+  check_dtype("cov_pack", "the result", out, floats);
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, d));
+  for_float_type(x.scalar_type(), [&](auto from_zero) {
+    for_float_type(dtype, [&](auto to_zero) {
+      using From = decltype(from_zero);
+      using To = decltype(to_zero);
+      const From* from = static_cast<const From*>(rows.const_data_ptr());
+      To* to = static_cast<To*>(out.mutable_data_ptr());
+      torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const From* row = from + kept[static_cast<size_t>(t)] * stride;
+          if (std::is_same_v<From, To> && scale.empty()) {
+            std::memcpy(static_cast<void*>(to + t * d), row, static_cast<size_t>(d) * sizeof(From));
+          } else {
+            pack_row(row, to + t * d, scale.empty() ? 1.0 : scale[static_cast<size_t>(kept[static_cast<size_t>(t)])], d);
+          }
+        }
+      });
+    });
+  });
+  return out;
+}
+
+template <typename T>
+LF_BODY void add_body(double* acc, const T* values, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    acc[i] += static_cast<double>(values[i]);
+  }
+}
+
+LF_CLONES void add_row(double* acc, const float* values, int64_t n) {
+  add_body(acc, values, n);
+}
+LF_CLONES void add_row(double* acc, const double* values, int64_t n) {
+  add_body(acc, values, n);
+}
+
+constexpr int64_t kEdge = 32; // edge of the tiles that are mirrored through the first cache
+
+// Tiles (i, j) and (j, i) of the accumulator take tile (i, j), j >= i, of the chunk: one task writes both.
+template <typename T>
+void fold_tile(double* acc, int64_t ld_acc, const T* chunk, int64_t ld, int64_t d, int64_t i0, int64_t j0) {
+  const int64_t i1 = std::min(i0 + kEdge, d), j1 = std::min(j0 + kEdge, d);
+  T turned[kEdge][kEdge];
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t from = std::max(j0, i);
+    add_row(acc + i * ld_acc + from, chunk + i * ld + from, j1 - from);
+    for (int64_t j = from; j < j1; ++j) {
+      turned[j - j0][i - i0] = chunk[i * ld + j];
+    }
+  }
+  for (int64_t j = j0; j < j1; ++j) {
+    const int64_t upto = std::min(i1, j); // the diagonal has been added above
+    if (upto > i0) {
+      add_row(acc + j * ld_acc + i0, turned[j - j0], upto - i0);
+    }
+  }
+}
+
+template <typename T>
+void fold_into(const Tensor& acc, const Tensor& chunk, bool symmetric) {
+  const int64_t d = acc.size(0), ld_acc = acc.stride(0), ld = chunk.stride(0), tiles = (d + kEdge - 1) / kEdge;
+  double* to = acc.mutable_data_ptr<double>();
+  const T* from = chunk.const_data_ptr<T>();
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (symmetric) {
+        for (int64_t column = row; column < tiles; ++column) {
+          fold_tile(to, ld_acc, from, ld, d, row * kEdge, column * kEdge);
+        }
+      } else {
+        for (int64_t i = row * kEdge; i < std::min((row + 1) * kEdge, d); ++i) {
+          add_row(to + i * ld_acc, from + i * ld, acc.size(1));
+        }
+      }
+    }
+  });
+}
+
+void cov_fold_(Tensor acc, const Tensor& chunk, bool symmetric) {
+  check_dim("cov_fold_", "acc", acc, 2, "(d, d)");
+  check_dim("cov_fold_", "chunk", chunk, 2, "(d, d)");
+  check_dtype("cov_fold_", "acc", acc, {ScalarType::Double});
+  check_dtype("cov_fold_", "chunk", chunk, {ScalarType::Float, ScalarType::Double});
+  check_size("cov_fold_", "chunk", chunk, 0, acc.size(0), "rows of acc");
+  check_size("cov_fold_", "chunk", chunk, 1, acc.size(1), "columns of acc");
+  if (symmetric) {
+    check_size("cov_fold_", "acc", acc, 1, acc.size(0), "a symmetric acc is square");
+  }
+  Tensor target = unit_stride(acc);
+  const Tensor rows = unit_stride(chunk);
+  if (chunk.scalar_type() == ScalarType::Float) {
+    fold_into<float>(target, rows, symmetric);
+  } else {
+    fold_into<double>(target, rows, symmetric);
+  }
+  if (target.get() != acc.get() && target.const_data_ptr() != acc.const_data_ptr()) {
+    torch::stable::copy_(acc, target);
+  }
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(loraforge, CPU, m) {
+  m.impl("cov_pack", TORCH_BOX(&cov_pack));
+  m.impl("cov_fold_", TORCH_BOX(&cov_fold_));
+}
+
+} // namespace loraforge

@@ -1,0 +1,54 @@
+"""loraforge: merge LoRA adapters, exactly where others approximate.
+
+    import loraforge as lf
+    merged = lf.merge(["loras/a", "loras/b"], method="svd")
+    merged.save("out")
+
+Importing this package is cheap: names are resolved on first use (PEP 562), so torch is loaded only when it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "merge": "loraforge.merging.runner",
+    "MergeResult": "loraforge.merging.result",
+    "METHODS": "loraforge.merging.methods",
+    "inspect": "loraforge.inspection",
+    "open_adapter": "loraforge.adapters",
+    "run_demo": "loraforge.demo",
+    "LowRank": "loraforge.types",
+    "LoraforgeError": "loraforge.errors",
+    "UsageError": "loraforge.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from loraforge.adapters import open_adapter as open_adapter
+    from loraforge.demo import run_demo as run_demo
+    from loraforge.errors import LoraforgeError as LoraforgeError
+    from loraforge.errors import UsageError as UsageError
+    from loraforge.inspection import inspect as inspect
+    from loraforge.merging.methods import METHODS as METHODS
+    from loraforge.merging.result import MergeResult as MergeResult
+    from loraforge.merging.runner import merge as merge
+    from loraforge.types import LowRank as LowRank
+
+
+def __getattr__(name: str) -> Any:
+    """Resolves a public name on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'loraforge' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

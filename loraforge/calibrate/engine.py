@@ -1,0 +1,336 @@
+"""The sweep, the fixed-point iteration and the verification of the calibrated methods.
+
+X~ of a module depends only on modules that run before it. Solving the modules once in running order, while the merged
+activations walk along, therefore reaches the fixed point of the iteration W <- G(W) exactly (`sweep`). `verify` replays
+the merged model and compares every module's inputs with those it was solved on: equal inputs mean G(W) = W. Where they
+differ (modules shared across depth), `iterate` goes on with ordinary iterations and Anderson mixing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from loraforge.calibrate.batches import Batch
+from loraforge.calibrate.lockstep import Deltas, Lockstep, Visit
+from loraforge.calibrate.modules import weight_view
+from loraforge.calibrate.statistics import Collecting, Layer, Rows, Sums, collect_stats
+from loraforge.calibrate.trace import Trace
+from loraforge.errors import LoraforgeError
+from loraforge.kernels.covariance import cov_pack
+from loraforge.linalg.anderson import AndersonMixer
+from loraforge.types import LayerSolution, LayerStats, LowRank
+
+Choices = tuple[float | None, float | None]
+Solve = Callable[[LayerStats, Choices | None], LayerSolution]
+Cut = Callable[[str, Tensor | None, LayerSolution, int], LowRank]
+Progress = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """When the iteration stops and how it mixes.
+
+    Attributes:
+        max_iter: Largest number of solves of every module.
+        threshold: Relative change of the merged deltas that stops it.
+        mixer: Makes an empty Anderson history, or None for plain iteration.
+        shared_history: One history over all modules instead of one a module.
+    """
+
+    max_iter: int
+    threshold: float
+    mixer: Callable[[], AndersonMixer] | None
+    shared_history: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Solved:
+    basis: Tensor | None
+    solution: LayerSolution
+    rank: int
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """Calibrated merging of one model.
+
+    Attributes:
+        model: Base model in evaluation mode.
+        modules: Target modules by name.
+        factors: Per module one entry an adapter (None where it is missing), scaling folded in, float64.
+        batches: Calibration batches; each holds samples of one task and one fold.
+        options: Further keyword arguments of the forward.
+        trace: Order, calls, shared inputs and masks of the modules.
+        how: What to collect.
+        solve: The method.
+        cut: Makes the factors that are installed and returned: (module, basis, solution, rank) -> LowRank.
+        monitor: Stopping rule and mixing.
+        progress: Called with (stage, module, done, total).
+    """
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    factors: Mapping[str, Sequence[LowRank | None]]
+    batches: Sequence[Batch]
+    options: Mapping[str, object]
+    trace: Trace
+    how: Collecting
+    solve: Solve
+    cut: Cut
+    monitor: Monitor
+    progress: Progress | None = None
+    layers: dict[str, dict[str, object]] = field(default_factory=dict)
+    iterations: list[dict[str, float]] = field(default_factory=list)
+    merged: dict[str, LowRank] = field(default_factory=dict)
+    _deltas: dict[str, Deltas] = field(default_factory=dict)
+    _solved: dict[str, _Solved] = field(default_factory=dict)
+    _probes: dict[str, list[Tensor]] = field(default_factory=dict)
+    _both: bool = True
+    _leader: str = ""
+    _packed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _shared: dict[tuple[int, int], Sums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Puts the adapters into the hooks of the task stream."""
+        for name, module in self.modules.items():
+            weight = module.weight
+            pairs = [
+                None if f is None else (f.B.to(weight.device, weight.dtype), f.A.to(weight.device, weight.dtype))
+                for f in self.factors[name]
+            ]
+            self._deltas[name] = Deltas(pairs)
+
+    def sweep(self) -> None:
+        """Solves every module once, in running order, each on the inputs that the solved ones before it give."""
+
+        def visitor(name: str, visits: list[Visit]) -> None:
+            if name in self._solved:  # a later call of a shared module: what the first one found stands until `iterate`
+                return
+            self._tell("solving", name, len(self._solved))
+            solved = self._solve(name, visits, None)
+            self._install(name, solved)
+            self._probes[name] = [Xm @ _probe(Xm) for _, Xm in self._packed]
+
+        self._walk(visitor, both_streams=True)
+        self.iterations.append({"k": 0, "relative_change": 1.0, "residual": math.nan})
+
+    def verify(self) -> float:
+        """Largest relative difference of a module's merged inputs between the sweep and a replay; 0 is a fixed point.
+
+        Modules that run more than once a forward were solved on their first call alone, so nothing is known: infinity.
+        """
+        if not self.trace.is_feed_forward:
+            return math.inf
+        worst = 0.0
+
+        def visitor(name: str, visits: list[Visit]) -> None:
+            nonlocal worst
+            self._tell("verifying", name, len(self._solved))
+            now = [Xm @ _probe(Xm) for _, Xm in self._pack(name, visits)]
+            before = self._probes[name]
+            size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
+            change = math.sqrt(sum(float((n - b).double().square().sum()) for n, b in zip(now, before, strict=True)))
+            worst = max(worst, change / size if size > 0 else 0.0)
+
+        self._walk(visitor, both_streams=True)
+        return worst
+
+    def iterate(self) -> bool:
+        """Ordinary iterations until the merged deltas stand still; from X~ = X where no module was solved before.
+
+        Returns:
+            Whether the threshold was reached within `max_iter` solves.
+        """
+        mixers: dict[str, AndersonMixer] = {}
+        best, stale = math.inf, 0
+        for k in range(len(self.iterations), self.monitor.max_iter):
+            first = not self._solved
+            images = self._solve_all(k)
+            if first:
+                for name, solved in images.items():
+                    self._install(name, solved)
+                self.iterations.append({"k": k, "relative_change": 1.0, "residual": math.nan})
+                continue
+            residual = _distance(images, self._solved)
+            states = self._mix(mixers, images)
+            change = self._replace(images, states)
+            self.iterations.append({"k": k, "relative_change": change, "residual": residual})
+            if not math.isfinite(change):
+                raise LoraforgeError(
+                    "the iteration diverged",
+                    where="merged deltas",
+                    got=f"relative change {change} at iteration {k}",
+                    hint="raise alpha_1 and alpha_2, or use --init sweep",
+                )
+            if change < self.monitor.threshold:
+                return True
+            # Rounding of the forward sets a floor under the change: three iterations without progress are the end.
+            best, stale = (change, 0) if change < best else (best, stale + 1)
+            if stale == 3:
+                return False
+        return False
+
+    def _solve_all(self, k: int) -> dict[str, _Solved]:
+        """G(W) of every module at the installed deltas."""
+        both = bool(self._solved)
+        waiting: dict[str, list[Visit]] = {}
+        images: dict[str, _Solved] = {}
+
+        def visitor(name: str, visits: list[Visit]) -> None:
+            self._tell(f"iteration {k + 1}", name, len(images))
+            waiting.setdefault(name, []).extend(visits)
+            if len(waiting[name]) == self.trace.calls[name] * len(self.batches):
+                # alpha and rho are searched until the merged stream has been seen once, then they stay.
+                earlier = self._solved[name].solution.choices if both and k > 1 else None
+                images[name] = self._solve(name, waiting.pop(name), earlier)
+
+        self._walk(visitor, both_streams=both)
+        return images
+
+    def _mix(self, mixers: dict[str, AndersonMixer], images: dict[str, _Solved]) -> dict[str, Tensor]:
+        """The next states: G(W), or its Anderson mixture."""
+        plain = {name: image.solution.state for name, image in images.items()}
+        make = self.monitor.mixer
+        if make is None:
+            return plain
+        if self.monitor.shared_history:
+            mixer = mixers.setdefault("", make())
+            now = torch.cat([self._solved[n].solution.state.flatten() for n in plain])
+            mixed = mixer.step(now, torch.cat([s.flatten() for s in plain.values()]))
+            parts = mixed.split([s.numel() for s in plain.values()])
+            return {n: part.view_as(s) for (n, s), part in zip(plain.items(), parts, strict=True)}
+        states = {}
+        for name, image in plain.items():
+            mixer = mixers.setdefault(name, make())
+            state = self._solved[name].solution.state
+            residual = float((image - state).norm()) / max(float(image.norm()), 1e-300)
+            if residual < 10 * self.monitor.threshold:  # exact already: mixing would only disturb it
+                mixer.reset()
+                states[name] = image
+            else:
+                states[name] = mixer.step(state.flatten(), image.flatten()).view_as(image)
+        return states
+
+    def _replace(self, images: dict[str, _Solved], states: Mapping[str, Tensor]) -> float:
+        """Installs the next states; returns ||W_new - W_old|| / ||W_new|| over all merged deltas."""
+        change = size = 0.0
+        for name, image in images.items():
+            old, new = self._solved[name].solution, image.solution
+            moved = LayerSolution(states[name], new.factor, new.choices, new.report)
+            change += float((states[name] - old.state).square().sum())
+            size += float(states[name].square().sum())
+            self._install(name, _Solved(image.basis, moved, image.rank))
+        return math.sqrt(change / size) if size > 0 else 0.0
+
+    def _solve(self, name: str, visits: list[Visit], choices: Choices | None) -> _Solved:
+        module = self.modules[name]
+        weight = weight_view(module).double() if self.how.lambda_weight == "full" or self.how.full_weight else None
+        layer = Layer(name, self.factors[name], weight)
+        rows = self._rows(name, visits)
+        shared = self._shared if self.how.weighting is None else None
+        stats = collect_stats(layer, rows, self.how, shared)
+        solution = self.solve(stats, choices)
+        self.layers[name] = {
+            "module": name,
+            "tokens": list(stats.tokens),
+            "lambda": list(stats.lambdas),
+            **(stats.weighting or {"sigma": None, "tau": None, "ess": None}),
+            **solution.report,
+        }
+        return _Solved(stats.basis, solution, stats.rank)
+
+    def _install(self, name: str, solved: _Solved) -> None:
+        self._solved[name] = solved
+        self.merged[name] = self.cut(name, solved.basis, solved.solution, solved.rank)
+        weight = self.modules[name].weight
+        pair = self.merged[name].to(weight.dtype, weight.device)
+        self._deltas[name].merged = (pair.B, pair.A)
+
+    def _pack(self, name: str, visits: Sequence[Visit]) -> list[tuple[Tensor, Tensor]]:
+        """Per batch the counted rows of (X, X~), float32 or float64; kept for the modules fed by the same tensor."""
+        leader = self.trace.leaders[name]
+        if leader == self._leader and self.trace.calls[name] == 1:
+            return self._packed
+        self._leader, self._shared, self._packed = leader, {}, []
+        for visit in visits:
+            mask = self._mask(name, visit)
+            x = visit.x.reshape(-1, visit.x.shape[-1])
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            half = mask.numel()
+            X = cov_pack(x[:half], mask, None, dtype)
+            if x.shape[0] == half:
+                self._packed.append((X, X))
+                continue
+            Xm = cov_pack(x[half:], mask, None, dtype)
+            if self.how.rho:
+                Xm = torch.lerp(Xm, X, self.how.rho)
+            self._packed.append((X, Xm))
+        return self._packed
+
+    def _mask(self, name: str, visit: Visit) -> Tensor:
+        """(rows of one stream,) bool: which rows count."""
+        batch = self.batches[visit.worker]
+        rows = visit.x.numel() // visit.x.shape[-1] // (2 if self._both else 1)
+        mask = {"encoder": batch.enc_mask, "decoder": batch.dec_mask, "all": None}[self.trace.axis[name]]
+        if mask is None:
+            return torch.ones(rows, dtype=torch.bool, device=visit.x.device)
+        if mask.numel() != rows:
+            raise LoraforgeError(
+                "the rows of a module cannot be told from padding",
+                where=name,
+                got=f"{rows} rows for a mask of {tuple(mask.shape)}",
+                hint="use samples of one length without padding (safetensors calibration, all attention_mask 1)",
+            )
+        return mask.reshape(-1)
+
+    def _rows(self, name: str, visits: Sequence[Visit]) -> list[Rows]:
+        packed = self._pack(name, visits)
+        rows = []
+        for visit, (X, Xm) in zip(visits, packed, strict=True):
+            batch = self.batches[visit.worker]
+            out_sq = self._output_energy(name, visit, X) if self.how.lambda_weight == "full" else 0.0
+            rows.append(Rows(batch.task, batch.fold, X, Xm, out_sq))
+        return rows
+
+    def _output_energy(self, name: str, visit: Visit, X: Tensor) -> float:
+        """||X W_i^T||_F^2 of task model i: the base module's output less its bias, plus the adapter's."""
+        mask = self._mask(name, visit)
+        y = visit.y.reshape(-1, visit.y.shape[-1])[: mask.numel()]
+        output = cov_pack(y, mask, None, X.dtype)
+        bias = getattr(self.modules[name], "bias", None)
+        if bias is not None:
+            output = output - bias.to(X.dtype)
+        pair = self._deltas[name].tasks[self.batches[visit.worker].task]
+        if pair is not None:
+            output = output + (X @ pair[1].to(X.dtype).mT) @ pair[0].to(X.dtype).mT
+        return float(output.square().sum(dtype=torch.float64))
+
+    def _walk(self, visitor: Callable[[str, list[Visit]], None], *, both_streams: bool) -> None:
+        self._both = both_streams
+        self._leader, self._packed, self._shared = "", [], {}
+        walk = Lockstep(self.model, self.modules, self._deltas, self.options, both_streams=both_streams)
+        with torch.no_grad():
+            walk.run([(b.task, b.inputs) for b in self.batches], visitor)
+        self._leader, self._packed, self._shared = "", [], {}
+
+    def _tell(self, stage: str, detail: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, detail, done, len(self.modules))
+
+
+def _probe(X: Tensor) -> Tensor:
+    """(d,) fixed direction; two inputs that agree along it are taken for equal."""
+    d = X.shape[1]
+    return torch.cos(torch.arange(d, dtype=torch.float64) * 0.7390851 + 0.1).to(X.dtype).to(X.device)
+
+
+def _distance(images: Mapping[str, _Solved], solved: Mapping[str, _Solved]) -> float:
+    """||G(W) - W|| / ||G(W)|| over all modules."""
+    away = sum(float((i.solution.state - solved[n].solution.state).square().sum()) for n, i in images.items())
+    size = sum(float(i.solution.state.square().sum()) for i in images.values())
+    return math.sqrt(away / size) if size > 0 else 0.0

@@ -1,0 +1,225 @@
+"""What `loraforge merge` was asked for: options over recipe over preset, checked before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loraforge.errors import LoraforgeError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from loraforge.merging.methods import MethodRow
+
+# Arguments of `loraforge.merge` that are options of the same name and keys of a recipe.
+PASSED = (
+    "rank", "energy", "min_rank", "max_rank", "uniform_rank", "dtype", "device", "seed", "base", "samples",
+    "batch_tokens", "on_missing", "heads_from", "force", "template",
+)  # fmt: skip
+# Sugar flags: option -> (method parameter, flag when true or valued, flag when false).
+SUGAR = {
+    "mats": ("use_mats", "--mats", "--no-mats"),
+    "camr": ("use_camr", "--camr", "--no-camr"),
+    "dcs": ("use_dcs", "--dcs", "--no-dcs"),
+    "max_iter": ("max_iter", "--max-iter", "--max-iter"),
+    "init": ("init", "--init", "--init"),
+    "verify": ("verify", "--verify", "--no-verify"),
+}
+FORMATS, LATER_FORMATS = ("peft",), ("kohya",)
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRequest:
+    """A merge that passed the checks that need no file of an adapter.
+
+    Attributes:
+        arguments: Keyword arguments of `loraforge.merge`, the adapters among them.
+        out: Folder to write; None for a dry run without one.
+        report: HTML file to write, or None.
+        overwrite: Whether existing outputs are replaced.
+        notes: What a recipe says that has no effect here.
+    """
+
+    arguments: dict[str, Any]
+    out: Path | None
+    report: Path | None
+    overwrite: bool
+    notes: tuple[str, ...] = ()
+
+
+def build_request(options: Mapping[str, Any]) -> MergeRequest:
+    """Joins options, recipe and preset and refuses what cannot be done.
+
+    Args:
+        options: Option name to value; None or an empty list where it was not given.
+
+    Raises:
+        UsageError: A method, parameter or option that does not exist or contradicts another, or one that is missing.
+        LoraforgeError: An output that exists or cannot be written, an unsupported format, a damaged recipe.
+    """
+    from loraforge.merging.methods import find_method
+
+    wanted = _wanted(options)
+    if not wanted.get("method"):
+        raise UsageError("no merge method was named", expected="--method NAME", hint="loraforge methods lists them")
+    row = find_method(str(wanted["method"]))
+    adapters = wanted.get("adapters")
+    if not adapters:
+        raise UsageError("no adapter was named", expected="loraforge merge ADAPTER ADAPTER... --method NAME --out DIR")
+    check_format(wanted.get("format", "peft"), wanted.get("output_kind", "adapter"))
+    arguments = {key: wanted[key] for key in (*PASSED, "adapters", "weights", "calibration") if key in wanted}
+    arguments |= {"method": row.name, "params": _params(row, wanted.get("params") or {}, options)}
+    if options["weight"] is not None:
+        arguments["weights"] = pair_weights(options["weight"], adapters)
+    # In a recipe `max_length` is a parameter of the method; as an option it bounds any calibration data.
+    if options["max_length"] is not None:
+        arguments["max_length"] = options["max_length"]
+    out, report = (Path(wanted[key]) if wanted.get(key) else None for key in ("out", "report"))
+    overwrite = bool(wanted.get("overwrite"))
+    if options["dry_run"]:
+        arguments["dry_run"] = True
+    elif out is None:
+        raise UsageError("no output folder was named", expected="--out DIR", hint="--dry-run prints the plan instead")
+    else:
+        check_output(out, overwrite=overwrite, inputs=adapters)
+        check_output(report, overwrite=overwrite, inputs=adapters)
+    return MergeRequest(arguments, out, report, overwrite, tuple(wanted.get("notes", ())))
+
+
+def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed over the recipe over the preset, in a recipe's words (without `--set`)."""
+    given = {key: options[key] for key in (*PASSED, "method", "out", "report", "overwrite", "format")}
+    given["adapters"] = list(options["adapters"] or ()) or None
+    given["weights"] = read_weights(options["weights"], options["weight"])
+    given["calibration"] = read_calibration(options["calibration"] or ())
+    given = {key: value for key, value in given.items() if value is not None}
+    if not options["preset"] and not options["recipe"]:
+        return given
+    from loraforge.recipes import load_recipe, merge_recipe
+
+    recipe: dict[str, Any] = {}
+    for source in (options["preset"], options["recipe"]):
+        if source:
+            recipe = merge_recipe(recipe, load_recipe(source))
+    return merge_recipe(recipe, given)
+
+
+def _params(row: MethodRow, from_recipe: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The method parameters: those typed over those of the recipe, checked by the method's dataclass."""
+    from loraforge.cli._settings import parse_settings
+
+    flags = {
+        key: (off if options[option] is False else on, options[option])
+        for option, (key, on, off) in SUGAR.items()
+        if options[option] is not None
+    }
+    values = {**from_recipe, **parse_settings(row, options["settings"] or (), flags)}
+    row.make_params(values)
+    return values
+
+
+def read_weights(text: str | None, first: float | None) -> list[float] | None:
+    """The weights of `--weights w,w,...`.
+
+    Raises:
+        UsageError: Not numbers, or `--weight` beside it.
+    """
+    if text is None:
+        return None
+    if first is not None:
+        raise UsageError("--weight and --weights name the same thing", expected="one of the two")
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        expected = "for example --weights 1.0,0.5"
+        raise UsageError("--weights takes numbers with commas between them", got=text, expected=expected) from error
+
+
+def pair_weights(first: float, adapters: Sequence[str]) -> list[float]:
+    """The weights of `--weight w`: w and 1-w.
+
+    Raises:
+        LoraforgeError: Another number of adapters than two.
+    """
+    if len(adapters) != 2:
+        raise LoraforgeError(
+            "--weight W means the weights W and 1-W of two adapters",
+            got=f"{len(adapters)} adapters",
+            expected="2 adapters",
+            hint="give --weights with one number an adapter",
+        )
+    return [first, 1.0 - first]
+
+
+def read_calibration(entries: Sequence[str]) -> dict[str, str] | list[str] | None:
+    """The calibration files: by adapter name for `NAME=FILE`, in the adapters' order for plain files.
+
+    Raises:
+        UsageError: Both spellings at once, or one name twice.
+    """
+    named: dict[str, str] = {}
+    plain: list[str] = []
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        # A file may have "=" in its name; what exists as a whole, or has a folder before the "=", is a file.
+        if not equals or os.sep in name or os.path.exists(entry):
+            plain.append(entry)
+        elif name in named:
+            expected = "one --calibration an adapter"
+            got = f"{named[name]} and {file}"
+            raise UsageError("one adapter has two calibration files", where=name, got=got, expected=expected)
+        else:
+            named[name] = file
+    if named and plain:
+        expected = "NAME=FILE for every adapter, or FILE for every adapter"
+        raise UsageError("--calibration is given by name and in order", got=", ".join(entries), expected=expected)
+    return named or plain or None
+
+
+def check_format(name: str, kind: str) -> None:
+    """Refuses a format or kind of output that cannot be written.
+
+    Raises:
+        UsageError: No such format.
+        LoraforgeError: One that this version does not write yet.
+    """
+    if name in LATER_FORMATS:
+        raise LoraforgeError(
+            f"this version does not write the format '{name}' yet",
+            where="--format",
+            expected=" | ".join(FORMATS),
+            hint="leave --format out to write a PEFT adapter",
+        )
+    if name not in FORMATS:
+        raise UsageError(f"unknown format '{name}'", where="--format", hint=did_you_mean(name, FORMATS))
+    if kind != "adapter":
+        raise LoraforgeError(
+            "this version writes adapters only", where="output_kind (save: 1)", got=kind, expected="adapter"
+        )
+
+
+def check_output(out: Path | None, *, overwrite: bool, inputs: Sequence[str]) -> None:
+    """Refuses an output that exists, holds or lies in an input, or whose folder cannot be written.
+
+    Raises:
+        LoraforgeError: With the path and what to do.
+    """
+    if out is None:
+        return
+    target = out.resolve()
+    for source in (Path(text).resolve() for text in inputs):
+        if target == source or source in target.parents or target in source.parents:
+            what = "the output and an input are in one place; inputs are never changed"
+            raise LoraforgeError(what, where=out, got=f"input {source}", expected="a folder of its own")
+    if out.exists() and not overwrite:
+        raise LoraforgeError(
+            "the output exists",
+            where=out,
+            expected="a path that is free",
+            hint="choose another path, or add --overwrite to replace it",
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise LoraforgeError("the output cannot be written there", where=out, got=f"no writable folder at {parent}")

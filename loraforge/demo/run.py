@@ -1,0 +1,220 @@
+"""The demo from end to end: train, merge, measure, report. No network, no download, no GPU needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import ViTForImageClassification
+
+import loraforge
+from loraforge.demo.digits import DOMAINS, Domain, Split, as_pixels, load_splits
+from loraforge.demo.evaluation import accuracy, adapter_accuracies, weight_bytes
+from loraforge.demo.training import Recipe, build_base, train_adapter, train_base
+from loraforge.errors import LoraforgeError
+from loraforge.merging.methods import find_method
+
+METHODS = ("iteris-plus", "iteris", "regmean", "weighted-average", "task-arithmetic", "svd")
+Progress = Callable[[str, str, int, int], None]
+
+
+class _Phases:
+    """Seconds by phase, and the caller's progress callback."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def of(self, phase: str, detail: str = "", done: int = 0, total: int = 1) -> Iterator[None]:
+        """Times a step and adds it to its phase; reports before and after it."""
+        self._say(phase, detail, done, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self._say(phase, detail, done + 1, total)
+
+    def _say(self, phase: str, detail: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(phase, detail, done, total)
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Trains a base and one adapter a domain, merges the adapters by several methods, measures all, writes a report.
+
+    Args:
+        out: Folder of the results: base, adapters, calibration, merged, results.json, picture.png, report.html.
+        methods: Merge methods; default METHODS.
+        seed: Seed of every random draw.
+        quick: Two domains and few steps: shows that everything works, says nothing about the methods.
+        overwrite: Replace an existing folder.
+        progress: Called as (phase, detail, done, total).
+
+    Returns:
+        {tasks, notes, rows: [{name, kind, accuracies, mean, seconds, bytes, rank, needs}], reports, phases, sizes, seed,
+        quick, versions, command, seconds, paths}; accuracies in percent, in the order of tasks.
+
+    Raises:
+        LoraforgeError: The folder exists and `overwrite` is off.
+        UsageError: An unknown method.
+    """
+    out, chosen = Path(out), tuple(METHODS if methods is None else methods)
+    rows_of = {name: find_method(name) for name in chosen}
+    if out.exists() and not overwrite:
+        raise LoraforgeError("the output exists", where=out, hint="choose another folder or pass overwrite (--overwrite)")
+    start, phases = time.perf_counter(), _Phases(progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and renamed at the end: a folder of that name is always a whole demo.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
+        work = Path(draft) / out.name
+        results = _Demo(work, out, Recipe().quick() if quick else Recipe(), seed, phases).results(rows_of)
+        results |= {"seed": seed, "quick": quick, "versions": _versions(), "command": _command(seed)}
+        results |= {"phases": phases.seconds, "seconds": time.perf_counter() - start}
+        _write(work, results)
+        _settle(work, out)
+        if out.exists():
+            shutil.rmtree(out)
+        work.rename(out)
+    names = {"adapters": "adapters", "merged": "merged", "numbers": "results.json", "picture": "picture.png"}
+    paths = {label: str(out / name) for label, name in (names | {"report": "report.html"}).items()}
+    return results | {"paths": paths}
+
+
+class _Demo:
+    """One run: `work` is the folder it is built in, `final` the name that the folder gets when it is whole."""
+
+    def __init__(self, work: Path, final: Path, recipe: Recipe, seed: int, phases: _Phases) -> None:
+        self.work, self.final, self.recipe, self.seed, self.phases = work, final, recipe, seed, phases
+        self.domains: tuple[Domain, ...] = DOMAINS[: recipe.domains]
+        train, test = load_splits(seed)
+        self.train, self.test = train.head(recipe.train), test.head(recipe.test)
+        self.tests: dict[str, Split] = {d.name: as_pixels(self.test, d, seed=seed, part="test") for d in self.domains}
+
+    def results(self, methods: dict[str, Any]) -> dict[str, Any]:
+        """All phases but the report."""
+        base, plain = self._base()
+        single = self._adapters(base)
+        with self.phases.of("measure", "base"):
+            rows = [self._row("base", "base", {name: accuracy(base, split) for name, split in self.tests.items()})]
+        size = sum(weight_bytes(self.work / "adapters" / name) for name in self.tests)
+        trained = self.phases.seconds["train adapters"]
+        rows.append(self._row("separate adapters", "adapter", single, seconds=trained, bytes=size, rank=self.recipe.rank))
+        reports: dict[str, Any] = {}
+        for i, (name, method) in enumerate(methods.items()):
+            with self.phases.of("merge", name, i, len(methods)):
+                row, reports[name] = self._merge(base, name, method.needs)
+                rows.append(row)
+        return {
+            "tasks": list(self.tests),
+            "notes": {d.name: d.what for d in self.domains},
+            "rows": rows,
+            "reports": reports,
+            "plain_accuracy": plain,
+            "sizes": {"train": len(self.train), "test": len(self.test), "calibration": self.recipe.calibration},
+        }
+
+    def _base(self) -> tuple[ViTForImageClassification, float]:
+        with self.phases.of("train base"):
+            base = build_base(self.recipe, self.seed)
+            train_base(base, as_pixels(self.train), self.recipe, self.seed)
+            base.save_pretrained(str(self.work / "base"))
+            # From here on the saved base is used, the one that a merge and a user of the folder see.
+            saved = ViTForImageClassification.from_pretrained(str(self.work / "base"), local_files_only=True).eval()
+            # PEFT notes this name as the adapters' base; it must still be right after the folder is renamed.
+            saved.name_or_path = str((self.final / "base").absolute())
+            return saved, accuracy(saved, as_pixels(self.test))
+
+    def _adapters(self, base: ViTForImageClassification) -> dict[str, float]:
+        """Trains, saves and measures each adapter on its own domain; writes the calibration files."""
+        single = {}
+        (self.work / "calibration").mkdir(parents=True)
+        for i, domain in enumerate(self.domains):
+            folder = self.work / "adapters" / domain.name
+            with self.phases.of("train adapters", domain.name, i, len(self.domains)):
+                split = as_pixels(self.train, domain, seed=self.seed)
+                train_adapter(base, split, self.recipe, self.seed + 1 + i, folder)
+                pixels = split.head(self.recipe.calibration).images.contiguous()
+                save_file({"pixel_values": pixels}, self.work / "calibration" / f"{domain.name}.safetensors")
+            with self.phases.of("measure", domain.name):
+                single |= adapter_accuracies(base, folder, {domain.name: self.tests[domain.name]})
+        return single
+
+    def _merge(self, base: ViTForImageClassification, name: str, needs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder = self.work / "merged" / name
+        given: dict[str, Any] = {}
+        if needs == "calibration":
+            files = {task: str(self.work / "calibration" / f"{task}.safetensors") for task in self.tests}
+            given = {"base": str(self.work / "base"), "calibration": files, "samples": self.recipe.calibration}
+        start = time.perf_counter()
+        adapters = [str(self.work / "adapters" / task) for task in self.tests]
+        merged = loraforge.merge(adapters, method=name, seed=self.seed, **given)
+        merged.save(folder)
+        seconds = time.perf_counter() - start
+        found = adapter_accuracies(base, folder, self.tests)
+        size, rank = weight_bytes(folder), merged.report.get("rank_max")
+        row = self._row(name, "merge", found, seconds=seconds, bytes=size, rank=rank, needs=needs)
+        return row, _relative(merged.report, self.work)
+
+    def _row(self, name: str, kind: str, found: dict[str, float], **extra: Any) -> dict[str, Any]:
+        values = [found[task] for task in self.tests]
+        empty = {"seconds": 0.0, "bytes": 0, "rank": None, "needs": None}
+        row = {"name": name, "kind": kind, "accuracies": values, "mean": sum(values) / len(values)}
+        return row | empty | extra
+
+
+def _relative(value: Any, folder: Path) -> Any:
+    """The report with paths below the demo's folder, which is renamed once it is whole."""
+    if isinstance(value, dict):
+        return {key: _relative(item, folder) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_relative(item, folder) for item in value]
+    return value.replace(f"{folder}{os.sep}", "") if isinstance(value, str | os.PathLike) else value
+
+
+def _settle(work: Path, final: Path) -> None:
+    """Accounts and cards of the merges name their inputs: puts the folder's final name there."""
+    for file in [*work.glob("merged/*/run.json"), *work.glob("merged/*/README.md")]:
+        file.write_text(file.read_text(encoding="utf-8").replace(str(work), str(final)), encoding="utf-8")
+
+
+def _write(work: Path, results: dict[str, Any]) -> None:
+    from loraforge.report import write_report
+    from loraforge.report.charts import accuracy_chart
+    from loraforge.report.plots import save_png
+
+    (work / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    title = f"One adapter for {len(results['tasks'])} tasks: accuracy of each merge"
+    save_png(lambda: accuracy_chart(results, title), work / "picture.png")
+    write_report(work / "report.html", results)
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    modules = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return {"loraforge": loraforge.__version__, "python": platform.python_version()} | {
+        name: str(version) for name, version in modules.items()
+    }
+
+
+def _command(seed: int) -> str:
+    return "loraforge demo" if seed == 0 else f"loraforge demo --seed {seed}"

@@ -1,0 +1,77 @@
+"""Solves with symmetric positive (semi-)definite matrices: Cholesky first, then a jitter ladder, then eigenvectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraforge.errors import LoraforgeError
+
+_JITTERS = tuple(10.0**e for e in range(-14, -2))
+
+
+@dataclass(frozen=True, slots=True)
+class SolveInfo:
+    """How a system was solved.
+
+    Attributes:
+        solver: "cholesky", "cholesky+jitter" or "eigh".
+        jitter: What was added to the diagonal, relative to the mean diagonal entry; 0 without a ladder.
+        condition: Lower bound of the condition number, (max diag L / min diag L)^2 of the Cholesky factor.
+    """
+
+    solver: str
+    jitter: float
+    condition: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """A Cholesky factor L (d, d), lower, of T + jitter, or of the pseudo-inverse's range."""
+
+    L: Tensor
+    info: SolveInfo
+
+    def solve_right(self, T: Tensor) -> Tensor:
+        """(p, d): T @ (L L^T)^{-1}."""
+        return torch.cholesky_solve(T.mT, self.L).mT
+
+
+def factor_spd(matrix: Tensor, where: str) -> Factor:
+    """Factorises a symmetric (d, d) matrix that should be positive definite.
+
+    Cholesky; on failure a diagonal shift that grows tenfold from 1e-14 to 1e-3 of the mean diagonal; then the
+    eigenvectors with the negative part clamped to that last shift. Every step taken is in the returned `info`.
+
+    Raises:
+        LoraforgeError: A NaN or Inf in the matrix; names `where`.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise LoraforgeError(
+            "the Gram matrix of a module has NaN or Inf",
+            where=where,
+            hint="check the calibration data and the base model's forward; try --set base_dtype=float32",
+        )
+    scale = float(matrix.diagonal().mean())
+    if scale <= 0.0:
+        # No feature ever fired: the regulariser is zero too, so any solution fits; the identity gives zero.
+        eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+        return Factor(eye, SolveInfo("eigh", 0.0, 1.0))
+    for jitter in (0.0, *_JITTERS):
+        shifted = matrix
+        if jitter:
+            shifted = matrix.clone()
+            shifted.diagonal().add_(jitter * scale)
+        L, code = torch.linalg.cholesky_ex(shifted)
+        if int(code) == 0:
+            d = L.diagonal()
+            condition = float((d.max() / d.min()) ** 2)
+            return Factor(L, SolveInfo("cholesky+jitter" if jitter else "cholesky", jitter, condition))
+    values, vectors = torch.linalg.eigh(matrix)
+    clamped = values.clamp_min(_JITTERS[-1] * scale)
+    # V diag(clamped) V^T = (V diag(sqrt)) (...)^T; its QR gives a lower factor with the same product.
+    upper = torch.linalg.qr((vectors * clamped.sqrt()).mT, mode="r").R
+    L = upper.mT * torch.sign(upper.diagonal())
+    return Factor(L, SolveInfo("eigh", _JITTERS[-1], float(clamped.max() / clamped.min())))

@@ -1,0 +1,33 @@
+"""SVD merge: the best rank-k approximation of the weighted sum of the deltas.
+
+delta = U_k S_k V_k^T of sum_i w_i s_i B_i A_i, w_i = 1 unless given, k the largest r_i of the module unless a rank
+rule is given. By Eckart and Young no update of rank k is nearer in Frobenius norm. The decomposition runs on the R x
+R core of the stacked factors (loraforge.linalg.factored), never on the m x n sum; this file makes the sum and the
+default rank, the rank rule then cuts it as it does for every other method.
+
+Cost: (m + n) R^2 + R^3 a module, R = sum r_i.
+"""
+
+from __future__ import annotations
+
+from loraforge.linalg.factored import stack
+from loraforge.merging.methods import NoParams
+from loraforge.types import LayerInputs, LowRank
+
+
+def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
+    """Weighted sum of one module, to be cut to rank k: B (m, R), A (R, n), scaling 1.
+
+    Args:
+        layer: Factors and weights of the module.
+        params: Nothing to set.
+
+    Returns:
+        The exact sum, before the rank rule.
+    """
+    return stack(layer.present)
+
+
+def default_rank(layer: LayerInputs) -> int:
+    """The k where no rank rule is given: the largest rank among the adapters that have the module."""
+    return max(factors.rank for _, factors in layer.present)

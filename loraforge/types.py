@@ -1,0 +1,155 @@
+"""The nouns that all rooms share. Shape letters: m out, n in, r rank, N adapters, R sum of ranks, S tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """A weight update held as factors: delta = scaling * B @ A.
+
+    Attributes:
+        B: (m, r) output factor.
+        A: (r, n) input factor.
+        scaling: Scalar factor of the product (alpha / r of the adapter; 1 for a merged one).
+    """
+
+    B: Tensor
+    A: Tensor
+    scaling: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of B, r (not the numerical rank)."""
+        return int(self.B.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the delta."""
+        return int(self.B.shape[0]), int(self.A.shape[1])
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LowRank:
+        """The same update with factors of another dtype or on another device."""
+        return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype), self.scaling)
+
+    def folded(self) -> LowRank:
+        """The same update with the scaling multiplied into B and scaling 1."""
+        return self if self.scaling == 1.0 else LowRank(self.B * self.scaling, self.A, 1.0)
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense (m, n) update, in `dtype` (default: the factors' own). For tests and small layers only."""
+        pair = self if dtype is None else self.to(dtype)
+        return (pair.B @ pair.A) * self.scaling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerInputs:
+    """What a data-free merge method sees of one module.
+
+    Attributes:
+        module: Dotted name.
+        factors: One entry an adapter, in the user's order; None where an adapter lacks the module (its delta is 0).
+        weights: w_i, one an adapter; already resolved (defaults, `--on-missing present`).
+    """
+
+    module: str
+    factors: Sequence[LowRank | None]
+    weights: Sequence[float]
+
+    @property
+    def present(self) -> list[tuple[float, LowRank]]:
+        """(w_i, factors_i) of the adapters that have this module."""
+        return [(w, f) for w, f in zip(self.weights, self.factors, strict=True) if f is not None]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the module."""
+        return self.present[0][1].shape
+
+
+@dataclass(slots=True, eq=False)
+class FoldStats:
+    """Sums over one fold of the calibration tokens, in float64, already weighted by c_i lambda_i and the sample weights.
+
+    X are the task model's inputs of the module, X~ the merged model's (mixed with X when rho is fixed), D_i the delta of
+    adapter i in the coordinates of the layer's basis.
+
+    Attributes:
+        gram: (d, d) sum_i c_i lambda_i X~_i^T X~_i.
+        target: (p, d) sum_i c_i lambda_i D_i X_i^T X~_i.
+        cross: (d, d) sum_i c_i lambda_i X_i^T X~_i; only where the full weight or a search over rho needs it.
+        prior: (d, d) sum_i c_i lambda_i X_i^T X_i; only for a search over rho.
+        target_prior: (p, d) sum_i c_i lambda_i D_i X_i^T X_i; only for a search over rho.
+        share: Share of the tokens that are in this fold.
+    """
+
+    gram: Tensor
+    target: Tensor
+    cross: Tensor | None = None
+    prior: Tensor | None = None
+    target_prior: Tensor | None = None
+    share: float = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class LayerStats:
+    """What a calibrated method sees of one module.
+
+    The solution is sought as delta = basis @ S with S (p, d): in delta mode the basis is an orthonormal basis of the
+    columns of all B_i (p <= R), in full mode it is the identity (basis None, p = m).
+
+    Attributes:
+        module: Dotted name.
+        basis: (m, p) orthonormal columns, or None for the identity.
+        pairs: D_i = P_i A_i as (P_i (p, r_i), A_i (r_i, d)); None where adapter i lacks the module.
+        coefficients: c_i lambda_i.
+        lambdas: lambda_i.
+        tokens: Calibration tokens a task.
+        folds: One entry a fold.
+        gram_norms: ||X~_i^T X~_i||_F a task.
+        cross_norms: ||X_i^T X~_i||_F a task (equal to gram_norms when not asked for).
+        variances: (d,) diagonal of X~_i^T X~_i a task.
+        energy: sum_i c_i lambda_i ||Y_i||_F^2 of the outputs Y_i that the delta has to match.
+        base_weight: (m, d) W0, in full mode only.
+        weighting: Sample weighting: {"sigma", "tau", "ess"}, or None.
+        rank: R, the largest rank of the result.
+    """
+
+    module: str
+    basis: Tensor | None
+    pairs: Sequence[tuple[Tensor, Tensor] | None]
+    coefficients: Sequence[float]
+    lambdas: Sequence[float]
+    tokens: Sequence[int]
+    folds: Sequence[FoldStats]
+    gram_norms: Sequence[float]
+    cross_norms: Sequence[float]
+    variances: Sequence[Tensor]
+    energy: float
+    base_weight: Tensor | None
+    weighting: dict[str, float | None] | None
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSolution:
+    """The solved delta of one module, delta = basis @ state.
+
+    Attributes:
+        state: (p, d) in the basis of the layer's statistics, before any truncation.
+        factor: (d, d) lower Cholesky factor of the regularised Gram, the metric of the outputs.
+        choices: alpha and rho that a search chose; None where they were fixed.
+        report: JSON-ready numbers (solver, condition, jitter, held-out gain, ...).
+    """
+
+    state: Tensor
+    factor: Tensor
+    choices: tuple[float | None, float | None]
+    report: dict[str, object]

@@ -1,0 +1,21 @@
+"""Shared fixtures: nothing here touches a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DATA = Path(os.environ.get("LORAFORGE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real adapters, models and text; tests that need them are skipped where they are absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}; set LORAFORGE_DATA to run this test")
+    return DATA
