@@ -98,7 +98,9 @@ def make_peft(adapters: list[dict[str, LowRank]], layers: int, rank: int) -> Any
 
 def factored(adapters: list[dict[str, LowRank]], rank: int, backend: str) -> None:
     """Ours: stack and best rank-k approximation of every module."""
-    sums = [stack(list(zip(WEIGHTS, pairs, strict=True))) for pairs in zip(*(a.values() for a in adapters), strict=True)]
+    sums = [
+        stack(list(zip(WEIGHTS, pairs, strict=True))) for pairs in zip(*(a.values() for a in adapters), strict=True)
+    ]
     truncate_many(sums, RankRule(rank=rank), backend)  # type: ignore[arg-type]
 
 
@@ -191,9 +193,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # PEFT warns once for each adapter that is added beside another
-    results = {
-        f"r={rank}": measure(rank, args.repeats, args.dense_layers, args.dense_repeats) for rank in args.ranks
-    }
+    results = {f"r={rank}": measure(rank, args.repeats, args.dense_layers, args.dense_repeats) for rank in args.ranks}
     report = {
         "what": "median process CPU time, one thread; dense forms measured on `layers_measured` layers and scaled to 28",
         "machine": machine(),

@@ -27,6 +27,7 @@ _RENAMED: dict[str, str] = {
     "lora_alpha": "adapter_alpha",
     "per_device_eval_batch_size": "eval_batch_size",
 }
+_SPOKEN = {"weights": "weights (manual_ceof)", "adapter_alpha": "lora_alpha"}
 _MEMORY = ("use_fp16", "use_gradient_checkpointing", "sequential_layer_processing")
 _SECTION_MARKS = {"task_targets", "model_name", "manual_ceof", "samples_num"}
 # What a recipe says that is no argument of `loraforge.merge`.
@@ -203,7 +204,7 @@ def _check_counts(recipe: Mapping[str, Any], where: str) -> None:
     count = len(recipe[owner])
     problems = [
         LoraforgeError(
-            f"'{key}' has a wrong number of entries",
+            f"'{_SPOKEN.get(key, key)}' has a wrong number of entries",
             where=where,
             got=f"{len(recipe[key])} for {count} {owner}",
             expected=f"{count}, one for each of {', '.join(recipe[owner])}",

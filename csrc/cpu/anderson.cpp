@@ -13,7 +13,7 @@ namespace loraforge {
 namespace {
 
 // Sums are taken over blocks of a fixed size and then over blocks in order: the thread count cannot change a bit.
-constexpr int64_t kBlock = 8192;
+constexpr int64_t kBlock = 2048;
 
 template <typename T>
 LF_BODY double dot_body(const T* x, const T* y, int64_t n) {
@@ -45,19 +45,20 @@ LF_CLONES double dot(const double* x, const double* y, int64_t n) {
 template <typename T>
 LF_BODY void mix_body(
     const T* X, const T* F, int64_t ldx, int64_t ldf, int64_t m, const double* a, const double* b, T* out, int64_t n) {
+  constexpr int64_t kWide = 4; // registers of lanes a row and turn: two cache lines of float32, which memory likes
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    DoubleLanes acc0 = {}, acc1 = {}, x, f;
+  for (; i + kWide * kLanes <= n; i += kWide * kLanes) {
+    DoubleLanes acc[kWide] = {}, x, f;
     for (int64_t j = 0; j < m; ++j) {
-      load_lanes(X + j * ldx + i, x);
-      load_lanes(F + j * ldf + i, f);
-      acc0 += a[j] * x + b[j] * f;
-      load_lanes(X + j * ldx + i + kLanes, x);
-      load_lanes(F + j * ldf + i + kLanes, f);
-      acc1 += a[j] * x + b[j] * f;
+      for (int64_t u = 0; u < kWide; ++u) {
+        load_lanes(X + j * ldx + i + u * kLanes, x);
+        load_lanes(F + j * ldf + i + u * kLanes, f);
+        acc[u] += a[j] * x + b[j] * f;
+      }
     }
-    store_lanes(acc0, out + i);
-    store_lanes(acc1, out + i + kLanes);
+    for (int64_t u = 0; u < kWide; ++u) {
+      store_lanes(acc[u], out + i + u * kLanes);
+    }
   }
   for (; i < n; ++i) {
     double acc = 0.0;
@@ -85,7 +86,7 @@ void dots_into(const Tensor& H, const Tensor& f, double* out) {
   const T* h = H.const_data_ptr<T>();
   const T* v = f.const_data_ptr<T>();
   std::vector<double> partial(static_cast<size_t>(blocks * (m + 1)));
-  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t at = block * kBlock, n = std::min(kBlock, P - at);
       double* row = partial.data() + block * (m + 1);
@@ -126,7 +127,7 @@ void mix_into(const Tensor& X, const Tensor& F, const double* a, const double* b
   const T* x = X.const_data_ptr<T>();
   const T* f = F.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, blocks, 16, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kBlock, n = std::min(end * kBlock, P) - at;
     mix(x + at, f + at, X.stride(0), F.stride(0), m, a, b, to + at, n);
   });

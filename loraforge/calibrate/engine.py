@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from loraforge.calibrate.batches import Batch
+from loraforge.calibrate.features import Features
 from loraforge.calibrate.lockstep import Deltas, Lockstep, Visit
 from loraforge.calibrate.modules import weight_view
-from loraforge.calibrate.statistics import Collecting, Layer, Rows, Sums, collect_stats
+from loraforge.calibrate.statistics import collect_stats
 from loraforge.calibrate.trace import Trace
+from loraforge.calibrate.weights import Collecting, Layer
 from loraforge.errors import LoraforgeError
-from loraforge.kernels.covariance import cov_pack
 from loraforge.linalg.anderson import AndersonMixer
 from loraforge.types import LayerSolution, LayerStats, LowRank
 
@@ -90,10 +91,7 @@ class Engine:
     _deltas: dict[str, Deltas] = field(default_factory=dict)
     _solved: dict[str, _Solved] = field(default_factory=dict)
     _probes: dict[str, list[Tensor]] = field(default_factory=dict)
-    _both: bool = True
-    _leader: str = ""
-    _packed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _shared: dict[tuple[int, int], Sums] = field(default_factory=dict)
+    _features: Features = field(init=False)
 
     def __post_init__(self) -> None:
         """Puts the adapters into the hooks of the task stream."""
@@ -104,6 +102,7 @@ class Engine:
                 for f in self.factors[name]
             ]
             self._deltas[name] = Deltas(pairs)
+        self._features = Features(self.modules, self._deltas, self.trace, self.how)
 
     def sweep(self) -> None:
         """Solves every module once, in running order, each on the inputs that the solved ones before it give."""
@@ -114,7 +113,7 @@ class Engine:
             self._tell("solving", name, len(self._solved))
             solved = self._solve(name, visits, None)
             self._install(name, solved)
-            self._probes[name] = [Xm @ _probe(Xm) for _, Xm in self._packed]
+            self._probes[name] = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
 
         self._walk(visitor, both_streams=True)
         self.iterations.append({"k": 0, "relative_change": 1.0, "residual": math.nan})
@@ -122,22 +121,27 @@ class Engine:
     def verify(self) -> float:
         """Largest relative difference of a module's merged inputs between the sweep and a replay; 0 is a fixed point.
 
+        One batch a task is replayed: every batch takes the same path through the modules, and inputs that come back
+        bit for bit in one of them come back in all.
+
         Modules that run more than once a forward were solved on their first call alone, so nothing is known: infinity.
         """
         if not self.trace.is_feed_forward:
             return math.inf
         worst = 0.0
+        tasks = [batch.task for batch in self.batches]
+        sample = [tasks.index(task) for task in sorted(set(tasks))]
 
         def visitor(name: str, visits: list[Visit]) -> None:
             nonlocal worst
             self._tell("verifying", name, len(self._solved))
-            now = [Xm @ _probe(Xm) for _, Xm in self._pack(name, visits)]
-            before = self._probes[name]
+            now = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
+            before = [self._probes[name][j] for j in sample]
             size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
             change = math.sqrt(sum(float((n - b).double().square().sum()) for n, b in zip(now, before, strict=True)))
             worst = max(worst, change / size if size > 0 else 0.0)
 
-        self._walk(visitor, both_streams=True)
+        self._walk(visitor, both_streams=True, only=sample)
         return worst
 
     def iterate(self) -> bool:
@@ -231,8 +235,8 @@ class Engine:
         module = self.modules[name]
         weight = weight_view(module).double() if self.how.lambda_weight == "full" or self.how.full_weight else None
         layer = Layer(name, self.factors[name], weight)
-        rows = self._rows(name, visits)
-        shared = self._shared if self.how.weighting is None else None
+        rows = self._features.rows(name, visits)
+        shared = self._features.shared if self.how.weighting is None else None
         stats = collect_stats(layer, rows, self.how, shared)
         solution = self.solve(stats, choices)
         self.layers[name] = {
@@ -251,72 +255,16 @@ class Engine:
         pair = self.merged[name].to(weight.dtype, weight.device)
         self._deltas[name].merged = (pair.B, pair.A)
 
-    def _pack(self, name: str, visits: Sequence[Visit]) -> list[tuple[Tensor, Tensor]]:
-        """Per batch the counted rows of (X, X~), float32 or float64; kept for the modules fed by the same tensor."""
-        leader = self.trace.leaders[name]
-        if leader == self._leader and self.trace.calls[name] == 1:
-            return self._packed
-        self._leader, self._shared, self._packed = leader, {}, []
-        for visit in visits:
-            mask = self._mask(name, visit)
-            x = visit.x.reshape(-1, visit.x.shape[-1])
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            half = mask.numel()
-            X = cov_pack(x[:half], mask, None, dtype)
-            if x.shape[0] == half:
-                self._packed.append((X, X))
-                continue
-            Xm = cov_pack(x[half:], mask, None, dtype)
-            if self.how.rho:
-                Xm = torch.lerp(Xm, X, self.how.rho)
-            self._packed.append((X, Xm))
-        return self._packed
-
-    def _mask(self, name: str, visit: Visit) -> Tensor:
-        """(rows of one stream,) bool: which rows count."""
-        batch = self.batches[visit.worker]
-        rows = visit.x.numel() // visit.x.shape[-1] // (2 if self._both else 1)
-        mask = {"encoder": batch.enc_mask, "decoder": batch.dec_mask, "all": None}[self.trace.axis[name]]
-        if mask is None:
-            return torch.ones(rows, dtype=torch.bool, device=visit.x.device)
-        if mask.numel() != rows:
-            raise LoraforgeError(
-                "the rows of a module cannot be told from padding",
-                where=name,
-                got=f"{rows} rows for a mask of {tuple(mask.shape)}",
-                hint="use samples of one length without padding (safetensors calibration, all attention_mask 1)",
-            )
-        return mask.reshape(-1)
-
-    def _rows(self, name: str, visits: Sequence[Visit]) -> list[Rows]:
-        packed = self._pack(name, visits)
-        rows = []
-        for visit, (X, Xm) in zip(visits, packed, strict=True):
-            batch = self.batches[visit.worker]
-            out_sq = self._output_energy(name, visit, X) if self.how.lambda_weight == "full" else 0.0
-            rows.append(Rows(batch.task, batch.fold, X, Xm, out_sq))
-        return rows
-
-    def _output_energy(self, name: str, visit: Visit, X: Tensor) -> float:
-        """||X W_i^T||_F^2 of task model i: the base module's output less its bias, plus the adapter's."""
-        mask = self._mask(name, visit)
-        y = visit.y.reshape(-1, visit.y.shape[-1])[: mask.numel()]
-        output = cov_pack(y, mask, None, X.dtype)
-        bias = getattr(self.modules[name], "bias", None)
-        if bias is not None:
-            output = output - bias.to(X.dtype)
-        pair = self._deltas[name].tasks[self.batches[visit.worker].task]
-        if pair is not None:
-            output = output + (X @ pair[1].to(X.dtype).mT) @ pair[0].to(X.dtype).mT
-        return float(output.square().sum(dtype=torch.float64))
-
-    def _walk(self, visitor: Callable[[str, list[Visit]], None], *, both_streams: bool) -> None:
-        self._both = both_streams
-        self._leader, self._packed, self._shared = "", [], {}
+    def _walk(
+        self, visitor: Callable[[str, list[Visit]], None], *, both_streams: bool, only: Sequence[int] | None = None
+    ) -> None:
+        """Walks all batches (or those of `only`) through the model, the visitor called at every module."""
+        batches = self.batches if only is None else [self.batches[j] for j in only]
+        self._features.start(batches, both_streams)
         walk = Lockstep(self.model, self.modules, self._deltas, self.options, both_streams=both_streams)
         with torch.no_grad():
-            walk.run([(b.task, b.inputs) for b in self.batches], visitor)
-        self._leader, self._packed, self._shared = "", [], {}
+            walk.run([(b.task, b.inputs) for b in batches], visitor)
+        self._features.stop()
 
     def _tell(self, stage: str, detail: str, done: int) -> None:
         if self.progress is not None:

@@ -6,11 +6,12 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,6 +71,10 @@ class Output:
         """Whether tables are wanted on stdout."""
         return not (self.as_json or self.quiet)
 
+    def has_room(self, columns: int) -> bool:
+        """Whether a table of so many columns of text fits; what is piped has room for any."""
+        return not self._stdout.isatty() or shutil.get_terminal_size().columns >= columns
+
     @contextmanager
     def session(self) -> Iterator[Output]:
         """The time in which a command works: warnings go to stderr as lines, and with JSON prints of libraries too."""
@@ -106,10 +111,15 @@ class Output:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, title=Text(title) if title else None, title_justify="left", pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        table.title, table.title_justify = (Text(title) if title else None), "left"
         for i, header in enumerate(headers):
             numeric = all(isinstance(row[i], (int, float)) or row[i] is None for row in rows)
-            table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if numeric else "left"
+            # Words may be wrapped on a narrow terminal, names and numbers only when nothing else is left.
+            table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=numeric or i == 0)
+        if title:
+            self.line()
         for row in rows:
             table.add_row(*(Text(human_number(cell)) for cell in row))
         if self._stdout.isatty():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -9,7 +12,7 @@ import typer
 from typer.completion import completion_init, install_callback, show_callback
 
 from loraforge.cli import demo, doctor, inspect, merge, methods
-from loraforge.cli._errors import USAGE, Boundary
+from loraforge.cli._errors import INTERRUPTED, USAGE, Boundary
 
 app = typer.Typer(
     name="loraforge",
@@ -77,5 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: Always.
     """
-    app(args=arguments, prog_name="loraforge")
+    try:
+        app(args=arguments, prog_name="loraforge")
+    except SystemExit as left:
+        if left.code == INTERRUPTED:
+            # Worker threads would hold up the exit, and an import that was cut short can turn the code into a signal.
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
     raise SystemExit(0)

@@ -18,8 +18,8 @@ REPORTED = (
     "method", "params", "adapters", "modules", "rank_max", "parameters", "relative_error", "kept_energy", "seconds",
     "phases", "peak_rss_bytes", "device", "kernels", "warnings",
 )  # fmt: skip
-# Modules that a plan shows without -v.
-PLAN_ROWS = 20
+# Modules that a plan, and warnings that a merge shows without -v.
+PLAN_ROWS, WARNINGS = 20, 5
 
 
 def merge(
@@ -92,6 +92,7 @@ def _run(voice: Output, request: MergeRequest, *, dry_run: bool) -> None:
     result.save(request.out, overwrite=request.overwrite)
     if request.report is not None:
         _write_report(request.report, result.report)
+    _print_warnings(voice, result.report["warnings"])
     voice.result({"out": request.out} | {key: result.report[key] for key in REPORTED})
     _print_result(voice, request, result.report)
 
@@ -102,22 +103,30 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
     write_merge_report(path, report)
 
 
+def _print_warnings(voice: Output, warnings: list[str]) -> None:
+    shown = warnings if voice.verbose else warnings[:WARNINGS]
+    for warning in shown:
+        voice.note(f"warning: {warning}")
+    if len(shown) < len(warnings):
+        voice.note(f"warning: and {len(warnings) - len(shown)} more (-v shows all, run.json keeps them)")
+
+
 def _print_plan(voice: Output, method: str, plan: dict[str, Any]) -> None:
     """Modules with their ranks, then what the merge would cost."""
     modules = plan["modules"]
     shown = modules if voice.verbose or len(modules) <= PLAN_ROWS else modules[:PLAN_ROWS]
-    rows = [[row["module"], _shape(row["shape"]), _ranks(row["ranks"]), row["rank_out"]] for row in shown]
+    rows = [[row["module"], _shape(row["shape"]), _ranks(row["ranks"]), _rank_out(row)] for row in shown]
     voice.table(["module", "shape", "ranks", "output rank"], rows)
     if len(shown) < len(modules):
         voice.line(f"... and {len(modules) - len(shown)} more modules (-v shows all)")
-    voice.line(f"{method}: {len(modules)} modules, peak {human_bytes(plan['peak_bytes'])}, {plan['flops']:.3g} flops")
-    for step in plan["steps"]:
-        voice.line(f"  {step}")
+    peak, written = human_bytes(plan["peak_bytes"]), human_bytes(plan["output_bytes"])
+    voice.line(f"{method}: {len(modules)} modules, {plan['flops']:.3g} flops, peak {peak}, output {written}")
+    voice.line(f"steps: {', '.join(plan['steps'])}")
     voice.line("nothing was written (dry run)")
 
 
 def _print_result(voice: Output, request: MergeRequest, report: dict[str, Any]) -> None:
-    """One row of numbers, where the adapter is and how to load it."""
+    """One row of numbers, with `-v` a row a module; where the adapter is and how to load it."""
     if request.out is None or not voice.is_human:
         return
     error, kept = report["relative_error"], report["kept_energy"]
@@ -127,6 +136,14 @@ def _print_result(voice: Output, request: MergeRequest, report: dict[str, Any]) 
     voice.table(
         headers, [[report["method"], report["modules"], report["rank_max"], error, kept, seconds, human_bytes(size)]]
     )
+    layers = report["layers"]
+    if voice.verbose:
+        keys = ("module", "rank", "relative_error", "kept_energy", "norm")
+        names = [key.replace("_", " ") for key in keys]
+        voice.table(names, [[layer.get(key) for key in keys] for layer in layers])
+    elif error and layers:
+        worst = max(layers, key=lambda layer: layer["relative_error"])
+        voice.line(f"largest error of a module: {worst['relative_error']:.4g} in {worst['module']} (-v shows all)")
     voice.line(f"written to {request.out}")
     if request.report is not None:
         voice.line(f"report    {request.report}")
@@ -139,5 +156,9 @@ def _shape(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _ranks(ranks: list[int | None]) -> str:
-    return " + ".join("-" if rank is None else str(rank) for rank in ranks)
+def _rank_out(row: dict[str, Any]) -> object:
+    return f"<= {row['rank_out']}" if row["at_most"] else row["rank_out"]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return " + ".join(map(str, ranks))

@@ -13,6 +13,9 @@ from loraforge.cli._output import Output
 if TYPE_CHECKING:
     from loraforge.merging.methods import MethodRow
 
+# Columns of text that the table with cost and paper needs.
+FULL_WIDTH = 160
+
 
 def methods(
     name: Annotated[
@@ -54,9 +57,13 @@ def summary(row: MethodRow) -> dict[str, Any]:
 
 
 def _print_table(out: Output, rows: list[MethodRow]) -> None:
-    headers = ["method", "what it does", "needs", "output rank", "cost a module", "paper"]
-    out.table(headers, [[_names(row), row.title, row.needs, row.output, row.cost, row.paper] for row in rows])
-    out.line("Parameters of one: loraforge methods NAME")
+    headers = ["method", "what it does", "needs", "output rank"]
+    cells = [[_names(row), row.title, row.needs, row.output] for row in rows]
+    if out.verbose or out.has_room(FULL_WIDTH):
+        headers += ["cost a module", "paper"]
+        cells = [[*cell, row.cost, row.paper] for cell, row in zip(cells, rows, strict=True)]
+    out.table(headers, cells)
+    out.line("Cost, paper and parameters of one: loraforge methods NAME")
 
 
 def _print_one(out: Output, row: MethodRow) -> None:

@@ -24,9 +24,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return 100.0 * right / len(split)
 
 
-def adapter_accuracies(
-    base: ViTForImageClassification, folder: Path, splits: Mapping[str, Split]
-) -> dict[str, float]:
+def adapter_accuracies(base: ViTForImageClassification, folder: Path, splits: Mapping[str, Split]) -> dict[str, float]:
     """Accuracy by task of a saved adapter, loaded by PEFT on a copy of the base."""
     from peft import PeftModel
 

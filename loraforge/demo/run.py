@@ -69,8 +69,8 @@ def run_demo(
         progress: Called as (phase, detail, done, total).
 
     Returns:
-        {tasks, notes, rows: [{name, kind, accuracies, mean, seconds, bytes, rank, needs}], reports, phases, sizes, seed,
-        quick, versions, command, seconds, paths}; accuracies in percent, in the order of tasks.
+        {tasks, notes, rows: [{name, kind, accuracies, mean, seconds, bytes, rank, needs}], reports, phases, sizes,
+        seed, quick, plain_accuracy, versions, command, seconds, paths}; accuracies in percent, in the order of tasks.
 
     Raises:
         LoraforgeError: The folder exists and `overwrite` is off.
@@ -79,7 +79,7 @@ def run_demo(
     out, chosen = Path(out), tuple(METHODS if methods is None else methods)
     rows_of = {name: find_method(name) for name in chosen}
     if out.exists() and not overwrite:
-        raise LoraforgeError("the output exists", where=out, hint="choose another folder or pass overwrite (--overwrite)")
+        raise LoraforgeError("the output exists", where=out, hint="choose another folder, or replace it: --overwrite")
     start, phases = time.perf_counter(), _Phases(progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Built beside its place and renamed at the end: a folder of that name is always a whole demo.
@@ -116,7 +116,9 @@ class _Demo:
             rows = [self._row("base", "base", {name: accuracy(base, split) for name, split in self.tests.items()})]
         size = sum(weight_bytes(self.work / "adapters" / name) for name in self.tests)
         trained = self.phases.seconds["train adapters"]
-        rows.append(self._row("separate adapters", "adapter", single, seconds=trained, bytes=size, rank=self.recipe.rank))
+        rows.append(
+            self._row("separate adapters", "adapter", single, seconds=trained, bytes=size, rank=self.recipe.rank)
+        )
         reports: dict[str, Any] = {}
         for i, (name, method) in enumerate(methods.items()):
             with self.phases.of("merge", name, i, len(methods)):
@@ -144,7 +146,7 @@ class _Demo:
 
     def _adapters(self, base: ViTForImageClassification) -> dict[str, float]:
         """Trains, saves and measures each adapter on its own domain; writes the calibration files."""
-        single = {}
+        single: dict[str, float] = {}
         (self.work / "calibration").mkdir(parents=True)
         for i, domain in enumerate(self.domains):
             folder = self.work / "adapters" / domain.name
@@ -186,12 +188,12 @@ def _relative(value: Any, folder: Path) -> Any:
         return {key: _relative(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_relative(item, folder) for item in value]
-    return value.replace(f"{folder}{os.sep}", "") if isinstance(value, str | os.PathLike) else value
+    return value.replace(f"{folder}{os.sep}", "") if isinstance(value, str) else value
 
 
 def _settle(work: Path, final: Path) -> None:
-    """Accounts and cards of the merges name their inputs: puts the folder's final name there."""
-    for file in [*work.glob("merged/*/run.json"), *work.glob("merged/*/README.md")]:
+    """Accounts of the merges name their inputs, cards of adapters their base: puts the folder's final name there."""
+    for file in [*work.glob("*/*/run.json"), *work.glob("*/*/README.md")]:
         file.write_text(file.read_text(encoding="utf-8").replace(str(work), str(final)), encoding="utf-8")
 
 

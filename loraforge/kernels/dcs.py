@@ -39,8 +39,8 @@ class DcsWeights(NamedTuple):
     Attributes:
         w: (S,) float64, mean 1.
         sigma: Scale of the kernel.
-        tau: Factor of the exponent's divisor that the floor asked for; 1 where it did not act, infinite where it acted
-            on sigma = 0.
+        tau: Factor of the exponent's divisor that the floor asked for; 1 where it did not act. Always finite, but
+            beyond all measure (above 1e300) where it acted on sigma = 0.
         ess: Effective sample size as a share of S, in (0, 1].
     """
 
@@ -139,7 +139,8 @@ def dcs_weights_reference(
 
 
 def _quotient(a: float, b: float) -> float:
-    return math.inf if a / sys.float_info.max > b else a / b
+    """a / b, at most the largest finite number, so that a report of it stays valid JSON."""
+    return sys.float_info.max if b < 1.0 and a > sys.float_info.max * b else a / b
 
 
 @torch.no_grad()

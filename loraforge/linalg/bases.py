@@ -1,14 +1,13 @@
-"""Orthogonal bases of stacked factors, from which cores are made.
+"""Orthogonal bases of stacked factors, from which cores are made, for batches of modules of one shape.
 
 Two ways to the bases, both in float64: Householder QR ("qr", the reference, fine for any input) and the Cholesky
 factor of the Gram matrix ("gram", four times less work, squares the condition number). "auto" takes the Gram form
-where the measured condition of the scaled factors keeps it within tolerance and QR for every other side of every
-other module.
+where the measured condition of the scaled factors keeps it within tolerance and QR for every other module.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,83 +25,101 @@ GRAM_LOSS = {torch.float32: 1e-8, torch.float64: 1e-12}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """One side's orthonormal basis Q = matrix @ solve (or matrix itself) and its triangle: columns = Q @ triangle."""
+    """Bases Q = matrix @ solve (or matrix itself) of a batch of column sets, and their triangles.
+
+    Attributes:
+        matrix: (b, rows, p).
+        triangle: (b, p, R); columns = Q @ triangle.
+        solve: (b, p, p), or None where matrix is Q.
+    """
 
     matrix: Tensor
     triangle: Tensor
     solve: Tensor | None
 
     def times(self, X: Tensor) -> Tensor:
-        """Q @ X for X (p, k), without forming Q."""
+        """Q @ X for X (b, p, k), without forming Q: (b, rows, k)."""
         return self.matrix @ (X if self.solve is None else self.solve @ X)
 
+    def rows(self, X: Tensor) -> Tensor:
+        """(Q @ X)^T, (b, k, rows), laid out by rows."""
+        return (X if self.solve is None else self.solve @ X).mT @ self.matrix.mT
+
     def basis(self) -> Tensor:
-        """Q itself, (rows, p)."""
+        """Q itself, (b, rows, p)."""
         return self.matrix if self.solve is None else self.matrix @ self.solve
 
 
-def gram_side(columns: Tensor, loss: float) -> Side | None:
-    """Basis of `columns` (rows, R) through the Cholesky factor of its Gram matrix.
+def sides(updates: Sequence[LowRank], backend: Backend = "auto") -> tuple[Side, Side]:
+    """Bases of both factors of updates of one shape and rank, in float64; scalings go to the left.
 
     Args:
-        columns: (rows, R) float64.
-        loss: Largest eps64 * cond^2 that is allowed.
-
-    Returns:
-        The side, or None where the columns are too near to dependent (or more than the rows).
-    """
-    rows, R = columns.shape
-    if R > rows:
-        return None
-    G = columns.T @ columns
-    # Scaling columns to norm 1 takes weights and unequal adapters out of the condition number.
-    d = G.diagonal().sqrt()
-    if R == 0 or float(d.min()) == 0.0 or not bool(torch.isfinite(d).all()):
-        return None
-    factor, info = torch.linalg.cholesky_ex(G / torch.outer(d, d), upper=True)
-    if int(info) != 0:
-        return None
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(R, dtype=G.dtype, device=G.device), upper=True)
-    condition = float(torch.linalg.matrix_norm(factor)) * float(torch.linalg.matrix_norm(inverse)) / R
-    if not condition**2 * torch.finfo(torch.float64).eps <= loss:
-        return None
-    return Side(columns, factor * d, inverse / d[:, None])
-
-
-def side(columns: Tensor, backend: Backend, loss: float) -> Side:
-    """Basis of `columns` (rows, R) by the asked backend; all but "qr" fall back to it where inexact."""
-    if backend != "qr":
-        found = gram_side(columns, loss)
-        if found is not None:
-            return found
-    Q, T = torch.linalg.qr(columns)
-    return Side(Q, T, None)
-
-
-def sides(lr: LowRank, backend: Backend = "auto") -> tuple[Side, Side]:
-    """Bases of both factors in float64; scaling goes to the left.
-
-    Args:
-        lr: The update. Factors must be finite.
+        updates: b updates, all (m, n) of rank r, with finite factors of one dtype on one device.
         backend: "qr", "gram" or "auto".
 
     Returns:
-        Left side of scaling * B (m, r) and right side of A^T (n, r).
+        Left side of scaling * B (b, m, r) and right side of A^T (b, n, r).
 
     Raises:
         LoraforgeError: The factors hold NaN or Inf.
     """
-    loss = GRAM_LOSS.get(lr.B.dtype, GRAM_LOSS[torch.float32])
-    B, A = lr.B.to(torch.float64), lr.A.to(torch.float64)
-    if not (math.isfinite(float(B.sum())) and math.isfinite(float(A.sum()))):
-        raise LoraforgeError("Factors hold NaN or Inf", got=f"B {tuple(lr.B.shape)}, A {tuple(lr.A.shape)}")
-    left = B if lr.scaling == 1.0 else B * lr.scaling
-    return side(left, backend, loss), side(A.T, backend, loss)
+    first = updates[0]
+    loss = GRAM_LOSS.get(first.B.dtype, GRAM_LOSS[torch.float32])
+    B = first.B.new_empty((len(updates), *first.B.shape), dtype=torch.float64)
+    A = first.A.new_empty((len(updates), *first.A.shape), dtype=torch.float64)
+    for index, update in enumerate(updates):
+        B[index] = update.B
+        A[index] = update.A
+        if update.scaling != 1.0:
+            B[index] *= update.scaling
+    left, right = side(B, backend, loss), side(A.mT, backend, loss)
+    # NaN and Inf anywhere in a factor reach its triangle, which is small.
+    if not (bool(torch.isfinite(left.triangle).all()) and bool(torch.isfinite(right.triangle).all())):
+        raise LoraforgeError("Factors hold NaN or Inf", got=f"B {tuple(first.B.shape)}, A {tuple(first.A.shape)}")
+    return left, right
+
+
+def side(columns: Tensor, backend: Backend, loss: float) -> Side:
+    """Bases of `columns` (b, rows, R) by the asked backend; all but "qr" fall back to it, by module, where inexact.
+
+    Args:
+        columns: float64.
+        backend: "qr", "gram" or "auto".
+        loss: Largest eps64 * cond^2 that the Gram form may have.
+    """
+    rows, R = columns.shape[-2:]
+    if backend == "qr" or R > rows or R == 0:
+        return Side(*torch.linalg.qr(columns), None)
+    G = columns.mT @ columns
+    # Scaling columns to norm 1 takes weights and unequal adapters out of the condition number.
+    d = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    factor = torch.linalg.cholesky_ex(G / (d[:, :, None] * d[:, None, :]), upper=True).L
+    eye = torch.eye(R, dtype=G.dtype, device=G.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=True)
+    # The scaled factor has norm sqrt(R), so this is the Frobenius condition number over R. A matrix that is not
+    # positive definite, or a zero column, ends as NaN or as something huge: both fail the comparison.
+    condition = torch.linalg.matrix_norm(inverse) / R**0.5
+    exact = condition.square() * torch.finfo(torch.float64).eps <= loss
+    if bool(exact.all()):
+        return Side(columns, factor * d[:, None, :], inverse / d[:, :, None])
+    return _with_fallback(columns, factor * d[:, None, :], inverse / d[:, :, None], exact.tolist())
+
+
+def _with_fallback(columns: Tensor, triangle: Tensor, solve: Tensor, exact: Sequence[bool]) -> Side:
+    """The Gram form where `exact`, Householder QR for the other modules of the batch."""
+    if not any(exact):
+        return Side(*torch.linalg.qr(columns), None)
+    matrix = columns.clone()
+    for index, good in enumerate(exact):
+        if not good:
+            matrix[index], triangle[index] = torch.linalg.qr(columns[index])
+            solve[index] = torch.eye(columns.shape[-1], dtype=columns.dtype, device=columns.device)
+    return Side(matrix, triangle, solve)
 
 
 def column_signs(columns: Tensor) -> Tensor:
-    """A sign for each column of (rows, k) that makes its entry of largest size positive (+1 for a zero column)."""
-    if columns.shape[0] == 0 or columns.shape[1] == 0:
-        return columns.new_ones(columns.shape[1])
-    top = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True))[0]
-    return torch.where(top < 0, -1.0, 1.0).to(columns.dtype)
+    """A sign for each column of (..., rows, k) that makes its largest entry by size positive (+1 for ties, zeros)."""
+    if columns.numel() == 0:
+        return columns.new_ones(columns.shape[:-2] + columns.shape[-1:])
+    low, high = columns.aminmax(dim=-2)
+    return torch.where(high >= -low, 1.0, -1.0).to(columns.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from loraforge.linalg.pool import pool_map
 from loraforge.linalg.rank import RankRule, choose
 from loraforge.types import LowRank
 
-WINDOW_BYTES = 256 * 2**20
+# Float64 factors of a batch by "is on a GPU": enough modules to spread the cost of small calls over, in little memory.
+BATCH_BYTES = {False: 16 * 2**20, True: 256 * 2**20}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,85 +94,94 @@ def decompose(lr: LowRank, backend: Backend = "auto") -> FactoredSVD:
 
     Args:
         lr: The update, (m, n) of rank at most r.
-        backend: How the bases are found; see the module's docstring.
+        backend: How the bases are found; see loraforge.linalg.bases.
 
     Returns:
         The decomposition in float64. Each pair's sign makes the largest entry of the core's left vector positive.
     """
-    left, right = sides(lr, backend)
-    U, S, Vh = batched_core_svd([left.triangle @ right.triangle.T])[0]
+    left, right = sides([lr], backend)
+    U, S, Vh = batched_core_svd([left.triangle[0] @ right.triangle[0].T])[0]
     sign = column_signs(U)
-    return FactoredSVD(left.basis(), U * sign, S, Vh * sign[:, None], right.basis())
+    return FactoredSVD(left.basis()[0], U * sign, S, Vh * sign[:, None], right.basis()[0])
 
 
 def truncate(lr: LowRank, rule: RankRule, backend: Backend = "auto") -> Truncated:
-    """Best approximation of an update under a rank rule (05 2.1).
-
-    Args:
-        lr: The update, (m, n).
-        rule: The rank rule, applied to the full spectrum.
-        backend: How the bases are found.
-
-    Returns:
-        Balanced factors with scaling 1, the spectrum and the exact error.
-    """
-    left, right = sides(lr, backend)
-    return finish(lr, rule, left, right, *batched_core_svd([left.triangle @ right.triangle.T])[0])
+    """Best approximation of an update under a rank rule; see `truncate_many`."""
+    return truncate_many([lr], rule, backend)[0]
 
 
 def truncate_many(
     updates: Sequence[LowRank], rule: RankRule | Sequence[RankRule], backend: Backend = "auto"
 ) -> list[Truncated]:
-    """`truncate` over modules: bases and cores in windows, the core decompositions batched.
+    """Best approximation of every module under a rank rule, applied to its full spectrum.
+
+    Modules of one shape are decomposed in batches, batches in a pool with one BLAS thread each. How modules are
+    batched does not depend on the number of threads.
 
     Args:
-        updates: One update a module.
+        updates: One update a module, of any shapes.
         rule: One rule for all, or one a module.
-        backend: How the bases are found.
+        backend: How the bases are found; see loraforge.linalg.bases.
 
     Returns:
-        One result a module, in order; equal to `truncate` of each.
+        One result a module, in order.
+
+    Raises:
+        LoraforgeError: A factor holds NaN or Inf, or rules and modules differ in number.
     """
     rules = [rule] * len(updates) if isinstance(rule, RankRule) else list(rule)
     if len(rules) != len(updates):
         raise LoraforgeError("Rank rules and modules differ in number", got=len(rules), expected=len(updates))
-    done: list[Truncated] = []
-    for window in windows(updates):
-        bases = pool_map(lambda i: sides(updates[i], backend), window)
-        cores = batched_core_svd([left.triangle @ right.triangle.T for left, right in bases])
-        jobs = list(zip(window, bases, cores, strict=True))
-        done += pool_map(lambda job: finish(updates[job[0]], rules[job[0]], *job[1], *job[2]), jobs)
-    return done
+    done: dict[int, Truncated] = {}
+    for window in windows(batches(updates)):
+        bases = pool_map(lambda batch: sides([updates[i] for i in batch], backend), window)
+        cores = [core for left, right in bases for core in left.triangle @ right.triangle.mT]
+        found = iter(batched_core_svd(cores))
+        jobs = [(batch, *pair, [next(found) for _ in batch]) for batch, pair in zip(window, bases, strict=True)]
+        cut = pool_map(lambda job: cut_batch([updates[i] for i in job[0]], [rules[i] for i in job[0]], *job[1:]), jobs)
+        for batch, results in zip(window, cut, strict=True):
+            done.update(zip(batch, results, strict=True))
+    return [done[index] for index in range(len(updates))]
 
 
-def finish(lr: LowRank, rule: RankRule, left: Side, right: Side, U: Tensor, S: Tensor, Vh: Tensor) -> Truncated:
-    """Cuts one decomposed module and splits sqrt(S) over both factors, signs fixed.
+def cut_batch(
+    updates: Sequence[LowRank],
+    rules: Sequence[RankRule],
+    left: Side,
+    right: Side,
+    cores: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> list[Truncated]:
+    """Cuts decomposed modules of one shape and splits sqrt(S) over both factors, signs fixed.
 
     Args:
-        lr: The update that was decomposed, for its dtype.
-        rule: The rank rule.
-        left: Left side of the update.
-        right: Right side of the update.
-        U: (p, q) core vectors, left.
-        S: (q,) singular values.
-        Vh: (q, p') core vectors, right.
+        updates: The updates that were decomposed.
+        rules: One rank rule a module.
+        left: Left sides of the batch.
+        right: Right sides of the batch.
+        cores: (U (p, q), S (q,), Vh (q, p')) a module.
 
     Returns:
-        The truncated update. Each column of B has its largest entry (by size, the first of equals) positive; vectors of
-        equal singular values stay arbitrary within their subspace.
+        One result a module. Each column of B has its largest entry by size positive; vectors of equal singular
+        values stay arbitrary within their subspace.
     """
-    dtype = lr.B.dtype if lr.B.dtype == torch.float64 else torch.float32
-    m, n = lr.shape
-    k = choose(S.to(dtype), rule, m, n)
-    half = S[:k].sqrt()
-    B, A = left.times(U[:, :k] * half), right.times(Vh[:k].T * half).T
-    if k > S.numel():
-        B, A = pad(LowRank(B, A), k).B, pad(LowRank(B, A), k).A
+    dtype = updates[0].B.dtype if updates[0].B.dtype == torch.float64 else torch.float32
+    m, n = updates[0].shape
+    ranks = [choose(S.to(dtype), rule, m, n) for (_, S, _), rule in zip(cores, rules, strict=True)]
+    top = max(ranks)
+    half = torch.stack([S[:top] for _, S, _ in cores]).sqrt()
+    B = left.times(torch.stack([U[:, :top] for U, _, _ in cores]) * half[:, None, :]).to(dtype)
     sign = column_signs(B)
-    squares = S.square()
-    total, tail = float(squares.sum()), float(squares[k:].sum())
-    factors = LowRank((B * sign).to(dtype).contiguous(), (A * sign[:, None]).to(dtype).contiguous(), 1.0)
-    return Truncated(factors, S, 1.0 if total == 0.0 else 1.0 - tail / total, math.sqrt(tail), k)
+    A = right.rows(torch.stack([Vh[:top] for _, _, Vh in cores]).mT * (half * sign)[:, None, :]).to(dtype)
+    B *= sign[:, None, :]
+    results = []
+    for index, ((_, S, _), k) in enumerate(zip(cores, ranks, strict=True)):
+        factors = LowRank(B[index, :, :k].contiguous(), A[index, :k].contiguous(), 1.0)
+        squares = [s * s for s in S.tolist()]
+        total, tail = math.fsum(squares), math.fsum(squares[k:])
+        kept = 1.0 - tail / total if total > 0.0 else 1.0
+        # A zero update of rank below min_rank is widened with zeros.
+        results.append(Truncated(pad(factors, k) if factors.rank < k else factors, S, kept, math.sqrt(tail), k))
+    return results
 
 
 def pad(lr: LowRank, k: int) -> LowRank:
@@ -202,16 +213,19 @@ def norm(a: LowRank) -> float:
     return math.sqrt(max(inner(a, a), 0.0))
 
 
-def windows(updates: Sequence[LowRank]) -> Iterator[list[int]]:
-    """Index windows whose float64 bases stay within WINDOW_BYTES (one module at least)."""
-    window: list[int] = []
-    held = 0
+def batches(updates: Sequence[LowRank]) -> Iterator[list[int]]:
+    """Indices of updates of one shape, rank, dtype and device, within BATCH_BYTES of float64 factors."""
+    groups: dict[tuple[object, ...], list[int]] = {}
     for index, lr in enumerate(updates):
-        size = 16 * (lr.B.numel() + lr.A.numel())
-        if window and held + size > WINDOW_BYTES:
-            yield window
-            window, held = [], 0
-        window.append(index)
-        held += size
-    if window:
+        groups.setdefault((lr.B.shape, lr.A.shape, lr.B.dtype, lr.B.device), []).append(index)
+    for group in groups.values():
+        lr = updates[group[0]]
+        size = max(1, BATCH_BYTES[lr.B.device.type == "cuda"] // (8 * max(1, lr.B.numel() + lr.A.numel())))
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def windows(found: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+    """As many batches at a time as there are threads to work on them."""
+    threads = torch.get_num_threads()
+    while window := list(islice(found, threads)):
         yield window

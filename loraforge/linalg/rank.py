@@ -6,6 +6,7 @@ S^2 over the full spectrum, so an energy rule bounds the relative squared Froben
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,11 @@ def numerical_rank(S: Tensor) -> int:
     Returns:
         A number in 0..R, 0 for a spectrum of zeros.
     """
-    if S.numel() == 0 or float(S[0]) == 0.0:
-        return 0
-    eps = torch.finfo(S.dtype).eps
-    factor = max(16, S.numel()) if S.dtype == torch.float64 else 2
-    return int((S > factor * eps * S[0]).sum())
+    values = S.tolist()
+    # Python floats: a spectrum is short, and a handful of tensor operations costs more than the comparison.
+    factor = max(16, len(values)) if S.dtype == torch.float64 else 2
+    cut = factor * torch.finfo(S.dtype).eps * values[0] if values else 0.0
+    return sum(value > cut for value in values)
 
 
 def energy_rank(S: Tensor, energy: float) -> int:
@@ -93,10 +94,14 @@ def energy_rank(S: Tensor, energy: float) -> int:
     Returns:
         A number in 0..R. The tail is summed from its small end, so energies near 1 do not feel the head's rounding.
     """
-    squares = S.to(torch.float64).square()
-    tail = squares.flip(0).cumsum(0).flip(0)
-    allowed = (1.0 - energy) * float(tail[0]) if squares.numel() else 0.0
-    return int((tail > allowed).sum())
+    squares = [value * value for value in S.tolist()]
+    allowed = (1.0 - energy) * math.fsum(squares)
+    tail = 0.0
+    for k in range(len(squares), 0, -1):
+        tail += squares[k - 1]
+        if tail > allowed:
+            return k
+    return 0
 
 
 def choose(S: Tensor, rule: RankRule, m: int, n: int) -> int:

@@ -18,8 +18,8 @@ def singular_values(lr: LowRank) -> Tensor:
     Returns:
         (min(r, m, n),) float64, descending; the other singular values of the delta are 0.
     """
-    left, right = sides(lr, "qr")
-    S: Tensor = torch.linalg.svdvals(left.triangle @ right.triangle.T)
+    left, right = sides([lr], "qr")
+    S: Tensor = torch.linalg.svdvals(left.triangle[0] @ right.triangle[0].T)
     return S
 
 

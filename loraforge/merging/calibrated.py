@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraforge.calibrate.base import check_inputs, encoder_decoder, load_base, prefer_kwargs
+from loraforge.calibrate.base import check_inputs, load_base, prefer_kwargs
 from loraforge.calibrate.batches import Batch, make_batches
 from loraforge.calibrate.data import CalibrationSet, load_calibration
 from loraforge.calibrate.engine import Engine, Monitor
 from loraforge.calibrate.generation import complete_batches
 from loraforge.calibrate.modules import resolve_modules
 from loraforge.calibrate.sampling import Selection, assign_folds
-from loraforge.calibrate.statistics import Collecting, Weighting
 from loraforge.calibrate.trace import trace_model
+from loraforge.calibrate.weights import Collecting, Weighting
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 from loraforge.linalg.anderson import AndersonMixer
 from loraforge.linalg.factored import norm

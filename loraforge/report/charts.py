@@ -49,7 +49,10 @@ def accuracy_chart(results: Mapping[str, Any], title: str | None = None) -> Iter
 def _reference_lines(
     axes: Axes, rows: Sequence[Mapping[str, Any]], places: Sequence[float], spans: Sequence[float]
 ) -> None:
-    looks = {"base": ("base, no adapter", (0, (1.2, 1.2))), "adapter": ("the task's own adapter", "solid")}
+    looks: dict[str, tuple[str, Any]] = {
+        "base": ("base, no adapter", (0, (1.2, 1.2))),
+        "adapter": ("the task's own adapter", "solid"),
+    }
     for row in rows:
         if row["kind"] in looks:
             label, line = looks[row["kind"]]
@@ -73,7 +76,7 @@ def residual_chart(report: Mapping[str, Any]) -> Iterator[Figure]:
                       label="before")  # fmt: skip
         axes.plot(after, list(places), "o", color=COLOURS[0], label="after")
         _name_modules(axes, [layer["module"] for layer in layers])
-        values = [v for v in (*before, *after) if present(v)]
+        values = [float(v) for v in (*before, *after) if v is not None and present(v)]
         if min(values) > 0 and max(values) > 30 * min(values):
             _log_scale(axes, "x")
         else:
@@ -96,7 +99,11 @@ def sample_size_chart(report: Mapping[str, Any]) -> Iterator[Figure]:
             axes.plot(values, [place] * len(values), "o", color=COLOURS[2])
         _name_modules(axes, [layer["module"] for layer in layers])
         axes.set_xlim(left=0)
-        axes.set_xlabel("effective samples" + (" (a dot a task)" if _lists(layers) else ""))
+        shares = all(bar.get_xdata()[-1] <= 1 for bar in axes.lines)
+        axes.set_xlabel(
+            ("effective sample size, share of all" if shares else "effective samples")
+            + (" (a dot a task)" if _lists(layers) else "")
+        )
         axes.grid(axis="x")
         yield drawn
 

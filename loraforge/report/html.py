@@ -9,7 +9,8 @@ from typing import Any
 
 from loraforge.report import sections
 from loraforge.report.charts import accuracy_chart
-from loraforge.report.page import chart, code, fold, page, points, section, table, text, write_page
+from loraforge.report.page import code, fold, page, points, section, table, text, write_page
+from loraforge.report.plots import svg
 from loraforge.report.tables import accuracy_table, calibrated_layers, cost_table, phases_table
 
 
@@ -52,7 +53,7 @@ def render_html(results: Mapping[str, Any]) -> str:
     parts = [
         "<h1>One adapter for all tasks</h1>",
         text(_verdict(results), "lead"),
-        chart(partial(accuracy_chart, results), "accuracy by task and merge"),
+        svg(partial(accuracy_chart, results), "accuracy by task and merge"),
         table(accuracy_table(results)),
         text("The highest merge of each column is marked, whichever method it is.", "note"),
         section("Time and size", table(cost_table(results))),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from loraforge.report.plots import svg
 from loraforge.report.tables import Table, format_cell
 
 STYLE = """
@@ -98,11 +96,6 @@ def section(title: str, *parts: str) -> str:
 def fold(summary: str, *parts: str) -> str:
     """Parts that open on a click (no script)."""
     return f"<details><summary>{escape(summary)}</summary>" + "\n".join(parts) + "</details>"
-
-
-def chart(draw: Callable[[], Any], label: str) -> str:
-    """A chart as inline SVG."""
-    return svg(draw, label)
 
 
 def write_page(path: Path, html: str) -> Path:

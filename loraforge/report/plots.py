@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def figure(height: float, columns: int = 1, **subplots: Any) -> Iterator[tuple[F
         drawn.clear()
 
 
-def svg(draw: Callable[[], Iterator[Figure] | Any], label: str) -> str:
+def svg(draw: Callable[[], AbstractContextManager[Figure]], label: str) -> str:
     """The figure of a context manager `draw()` as inline SVG: scalable, theme-following, no external reference."""
     buffer = io.StringIO()
     with draw() as drawn:
@@ -45,14 +45,14 @@ def svg(draw: Callable[[], Iterator[Figure] | Any], label: str) -> str:
     return _inline(buffer.getvalue(), label)
 
 
-def save_png(draw: Callable[[], Any], path: Path, dpi: int = 160) -> Path:
+def save_png(draw: Callable[[], AbstractContextManager[Figure]], path: Path, dpi: int = 160) -> Path:
     """Writes the figure of a context manager `draw()` as PNG on white."""
     with draw() as drawn:
         drawn.savefig(path, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return path
 
 
-def _style() -> dict[str, Any]:
+def _style() -> Any:  # matplotlib types its settings as a dictionary of literal keys
     return {
         "font.family": "sans-serif",
         "font.size": 11,

@@ -10,13 +10,17 @@ from functools import partial
 from typing import Any
 
 from loraforge.report import charts
-from loraforge.report.page import chart, facts, fold, section, table, text
+from loraforge.report.page import code, facts, fold, section, table, text
+from loraforge.report.plots import svg
 from loraforge.report.tables import (
     adapters_table,
     calibrated_layers,
+    calibration_table,
     format_bytes,
+    format_cell,
     iterations,
     iterations_table,
+    kernels_table,
     layers_table,
     phases_table,
     present,
@@ -48,8 +52,9 @@ def warnings(report: Report) -> str:
 
 
 def inputs(report: Report) -> str:
-    """The adapters that went in."""
-    return section("What went in", table(adapters_table(report)))
+    """The adapters and calibration sets that went in."""
+    sets = table(calibration_table(report)) if report.get("calibration") else ""
+    return section("What went in", table(adapters_table(report)), sets)
 
 
 def residuals(report: Report) -> str:
@@ -62,7 +67,7 @@ def residuals(report: Report) -> str:
             "How far the merged module's outputs are from the task models' on the calibration data, before and after "
             "the module was solved. Lower is better; small numbers here do not by themselves mean high accuracy."
         ),
-        chart(partial(charts.residual_chart, report), "residual by module"),
+        svg(partial(charts.residual_chart, report), "residual by module"),
     )
 
 
@@ -74,9 +79,10 @@ def sample_sizes(report: Report) -> str:
         "Effective sample size",
         text(
             "Samples that the adapters disagree on weigh less. The effective sample size says how many equally "
-            "weighted samples the weighted ones are worth; a small one means that few samples decided a module."
+            "weighted samples the weighted ones are worth, as a share of all where it is at most 1; a small one means "
+            "that few samples decided a module."
         ),
-        chart(partial(charts.sample_size_chart, report), "effective sample size by module"),
+        svg(partial(charts.sample_size_chart, report), "effective sample size by module"),
     )
 
 
@@ -88,7 +94,7 @@ def spectra(report: Report) -> str:
     return section(
         "Spectra",
         text("Singular values of every merged module. A steep fall means that a lower rank would lose little."),
-        chart(partial(charts.spectra_chart, report), "singular values by module"),
+        svg(partial(charts.spectra_chart, report), "singular values by module"),
     )
 
 
@@ -98,11 +104,15 @@ def iteration_log(report: Report) -> str:
     if not log:
         return section("Iterations", text(_absent(report, "iterations"), "note"))
     converged = (report.get("iteris") or {}).get("converged")
-    ending = {
+    endings: dict[object, str] = {
         True: "The iteration converged.",
         False: "The iteration stopped at its limit before it converged: the result is its last iterate.",
-    }.get(converged, "The run did not say whether it converged.")
-    drawn = chart(partial(charts.iterations_chart, report), "relative change and residual by iteration")
+    }
+    ending = endings.get(converged, "The run did not say whether it converged.")
+    verified = (report.get("iteris") or {}).get("verified")
+    if present(verified):
+        ending += f" One more ordinary iteration on the result changes it by {format_cell(verified)} (relative)."
+    drawn = svg(partial(charts.iterations_chart, report), "relative change and residual by iteration")
     # One point makes no curve; the table says it all.
     return section("Iterations", text(ending), drawn if len(log) > 1 else "", table(iterations_table(report)))
 
@@ -119,14 +129,18 @@ def how_it_ran(report: Report) -> str:
     """Parameters, phases, device and kernels."""
     parameters = {str(key): value for key, value in (report.get("params") or {}).items()}
     rows = [f"{key} = {value}" for key, value in parameters.items()]
-    kernels = report.get("kernels")
-    if isinstance(kernels, Mapping):
-        kernels = ", ".join(f"{key}: {value}" for key, value in kernels.items())
-    parts = [text(f"Device: {report.get('device') or 'not reported'}. Kernels: {kernels or 'not reported'}.")]
+    kernels: Mapping[str, Any] = report.get("kernels") or {}
+    state = ", ".join(f"{key} {kernels[key]}" for key in ("mode", "native", "why") if key in kernels)
+    parts = [text(f"Device: {report.get('device') or 'not reported'}. Kernels: {state or 'not reported'}.")]
+    if kernels.get("calls"):
+        parts.append(table(kernels_table(kernels)))
     if report.get("phases"):
         parts.append(table(phases_table(report["phases"])))
-    listing = "".join(text(row, "note") for row in rows)
-    parts.append(fold(f"{len(rows)} parameters", listing) if rows else text("The method has no parameters.", "note"))
+    parts.append(
+        fold(f"{len(rows)} parameters", code("\n".join(rows)))
+        if rows
+        else text("The method has no parameters.", "note")
+    )
     return section("How it ran", *parts)
 
 

@@ -71,12 +71,30 @@ def cost_table(results: Mapping[str, Any]) -> Table:
 
 
 def adapters_table(report: Mapping[str, Any]) -> Table:
-    """Path, digest, modules and ranks of the merged adapters."""
+    """Path, digest, modules, ranks and weight of the merged adapters."""
+    adapters = report.get("adapters") or ()
+    weights = report.get("weights") or [None] * len(adapters)
     rows = tuple(
-        (a.get("path"), str(a.get("sha256") or "–")[:16], a.get("modules"), a.get("ranks"))
-        for a in report.get("adapters") or ()
+        (a.get("path"), _start(a.get("sha256")), a.get("modules"), a.get("ranks"), weight)
+        for a, weight in zip(adapters, weights, strict=False)
     )
-    return Table(("adapter", "sha256 (start)", "modules", "ranks"), rows)
+    return Table(("adapter", "sha256 (start)", "modules", "ranks", "weight"), rows)
+
+
+def calibration_table(report: Mapping[str, Any]) -> Table:
+    """Source, digest and samples of the calibration sets."""
+    rows = tuple(
+        (c.get("name"), c.get("source"), _start(c.get("sha256")), c.get("samples"), c.get("available"))
+        for c in report.get("calibration") or ()
+    )
+    return Table(("calibration set", "source", "sha256 (start)", "samples used", "available"), rows)
+
+
+def kernels_table(kernels: Mapping[str, Any]) -> Table:
+    """How often each operator ran, by implementation."""
+    calls: Mapping[str, Mapping[str, Any]] = kernels.get("calls") or {}
+    rows = tuple((name, how, count) for name, counts in calls.items() for how, count in counts.items())
+    return Table(("operator", "implementation", "calls"), rows)
 
 
 def layers_table(report: Mapping[str, Any]) -> Table:
@@ -128,6 +146,10 @@ def present(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(present(item) for item in value)
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _start(digest: object) -> str | None:
+    return None if digest is None else str(digest)[:16]
 
 
 def _span(value: object) -> object:

@@ -67,7 +67,9 @@ def gpt2():
 
 
 def t5():
-    config = tf.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = tf.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     return Case(tf.T5ForConditionalGeneration(config), (".q", ".v"))
 
 

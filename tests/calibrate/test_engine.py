@@ -10,15 +10,22 @@ import torch
 from loraforge.calibrate.batches import make_batches
 from loraforge.calibrate.data import load_calibration
 from loraforge.calibrate.engine import Engine, Monitor
-from loraforge.calibrate.statistics import Collecting
 from loraforge.calibrate.trace import trace_model
+from loraforge.calibrate.weights import Collecting
 from loraforge.linalg.anderson import AndersonMixer
 from loraforge.merging.iteris import solve_layer
 from loraforge.merging.iteris_params import IterisParams
 from loraforge.types import LowRank
 from tests.calibrate import models
 
-FIXED = {"use_camr": False, "use_dcs": False, "alpha_1": 1e-4, "alpha_2": 1e-4, "reg_ceof": 0.0, "lambda_weight": "full"}
+FIXED = {
+    "use_camr": False,
+    "use_dcs": False,
+    "alpha_1": 1e-4,
+    "alpha_2": 1e-4,
+    "reg_ceof": 0.0,
+    "lambda_weight": "full",
+}
 
 
 def sets_of(family, tasks=2, samples=6, length=9, seed=5, change=lambda inputs: inputs):
@@ -30,7 +37,9 @@ def sets_of(family, tasks=2, samples=6, length=9, seed=5, change=lambda inputs: 
     return found
 
 
-def engine_of(case, sets, factors, *, params=None, batch_tokens=64, folds=None, mixer=None, max_iter=40, threshold=1e-13):
+def engine_of(
+    case, sets, factors, *, params=None, batch_tokens=64, folds=None, mixer=None, max_iter=40, threshold=1e-13
+):
     params = params or IterisParams(**FIXED)
     folds = folds or [[0] * len(s) for s in sets]
     batches = make_batches(sets, folds, batch_tokens=batch_tokens)

@@ -26,9 +26,14 @@ REPORT: dict[str, Any] = {
     "device": "cpu",
     "kernels": "reference",
     "warnings": [],
+    "layers": [
+        {"module": "encoder.q", "rank": 8, "relative_error": 0.0, "kept_energy": 1.0, "norm": 2.0},
+        {"module": "encoder.v", "rank": 8, "relative_error": 0.0, "kept_energy": 1.0, "norm": 3.0},
+    ],
 }
 PLAN: dict[str, Any] = {
-    "modules": [{"module": "encoder.q", "shape": [16, 8], "ranks": [4, None], "rank_out": 4}],
+    "modules": [{"module": "encoder.q", "shape": [16, 8], "ranks": [4, 2], "rank_out": 4, "at_most": True}],
+    "output_bytes": 512,
     "peak_bytes": 2048,
     "flops": 1.5e6,
     "steps": ["read the factors", "write the adapter"],

@@ -54,6 +54,25 @@ def test_warnings_are_lines_on_stderr(run: Run, fake_merge: FakeMerge, tmp_path:
     assert result.stderr == "warning: rank 16 was clamped to 8\n"
 
 
+def test_warnings_of_the_report_are_shown_and_not_too_many(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
+    fake_merge.report["warnings"] = [f"layer.{i}: rank 16 clamped to 8" for i in range(12)]
+    result = run("merge", "a", "-m", "svd", "-o", tmp_path / "out")
+    assert "warning: layer.4: rank 16 clamped to 8\n" in result.stderr and "layer.5" not in result.stderr
+    assert "7 more" in result.stderr
+    verbose = run("merge", "a", "-m", "svd", "-o", tmp_path / "other", "-v")
+    assert "warning: layer.11: rank 16 clamped to 8\n" in verbose.stderr
+
+
+def test_the_error_is_told_by_module(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
+    worst = {"module": "encoder.k", "rank": 3, "relative_error": 0.25, "kept_energy": 0.9375, "norm": 2.0}
+    fake_merge.report |= {"relative_error": 0.125, "layers": [*REPORT["layers"], worst]}
+    brief = run("merge", "a", "-m", "svd", "-o", tmp_path / "out").stdout
+    assert "0.25 in encoder.k" in brief and "encoder.q" not in brief
+    verbose = run("merge", "a", "-m", "svd", "-o", tmp_path / "other", "-v").stdout
+    rows = [line.split() for line in verbose.splitlines()]
+    assert ["encoder.k", "3", "0.25", "0.9375", "2"] in rows and ["encoder.q", "8", "0", "1", "2"] in rows
+
+
 def test_verbose_prints_what_is_being_solved(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
     result = run("merge", "a", "-m", "svd", "-o", tmp_path / "out", "-v")
     assert "solve 1/2 encoder.q" in result.stderr
@@ -89,7 +108,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     words = ["merge", "a", "b", "-m", "svd", "--dry-run", *where]
     plain, as_json = run(*words), run(*words, "--json")
     assert plain.exit_code == as_json.exit_code == 0
-    assert "encoder.q" in plain.stdout and "4 + -" in plain.stdout and "2.0 KiB" in plain.stdout
+    assert ["encoder.q", "16", "x", "8", "4", "+", "2", "<=", "4"] in [
+        line.split() for line in plain.stdout.splitlines()
+    ]
+    assert "peak 2.0 KiB, output 512 B" in plain.stdout
     assert "write the adapter" in plain.stdout and "nothing was written" in plain.stdout
     found = only_object(as_json)
     assert found["dry_run"] is True and found["plan"] == PLAN

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from loraforge.calibrate.statistics import Collecting, Layer, Rows, Weighting, collect_stats
+from loraforge.calibrate.statistics import collect_stats
+from loraforge.calibrate.weights import Collecting, Layer, Rows, Weighting
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.metric import left_subspace
 from loraforge.merging.iteris import RHOS, solve_layer
@@ -107,7 +108,9 @@ def test_recorded_solves(name, options, dtype, tolerance):
     params = IterisParams(**({"reg_ceof": 0.0, "lambda_weight": "full"} | FIXED | options))
     got, stats, _ = solve(list(tensor("X")), list(tensor("Xt")), factors, tensor("W0"), params, dtype=dtype)
     torch.testing.assert_close(got, tensor(name), atol=tolerance, rtol=0)
-    torch.testing.assert_close(torch.tensor(stats.lambdas, dtype=torch.float64), tensor("lambda_full"), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(stats.lambdas, dtype=torch.float64), tensor("lambda_full"), atol=tolerance, rtol=0
+    )
 
 
 def test_recorded_full_weight():
@@ -122,7 +125,9 @@ def test_recorded_delta_weights():
     factors = list(zip(tensor("B"), tensor("A"), strict=True))
     params = IterisParams(**(FIXED | {"reg_ceof": 0.0, "lambda_weight": "delta"}))
     stats = build(list(tensor("X")), list(tensor("Xt")), factors, tensor("W0"), params)
-    torch.testing.assert_close(torch.tensor(stats.lambdas, dtype=torch.float64), tensor("lambda_delta"), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(stats.lambdas, dtype=torch.float64), tensor("lambda_delta"), atol=1e-10, rtol=0
+    )
 
 
 VARIANTS = [
@@ -293,7 +298,9 @@ def test_residual_is_the_missed_share_of_the_outputs():
 
 def test_regmean_offdiagonal_scaling():
     X, _, factors, W0 = problem(14)
-    params = IterisParams(**(FIXED | {"lambda_weight": "none", "reg_ceof": 0.0, "offdiag": 0.9, "alpha_1": 0.0, "alpha_2": 0.0}))
+    params = IterisParams(
+        **(FIXED | {"lambda_weight": "none", "reg_ceof": 0.0, "offdiag": 0.9, "alpha_1": 0.0, "alpha_2": 0.0})
+    )
     got, _, _ = solve(X, X, factors, W0, params)
     grams = [0.9 * x.T @ x + 0.1 * torch.diag((x.T @ x).diagonal()) for x in X]
     want = sum(B @ A @ G for (B, A), G in zip(factors, grams, strict=True)) @ torch.linalg.inv(sum(grams))

@@ -10,7 +10,7 @@ import pytest
 
 TASKS = ["rotated", "mirrored", "inverted", "sheared", "occluded", "noisy", "striped", "shifted"]
 LEAVES = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
-MODULES = [f"vit.layers.{layer}.{leaf}" for layer in range(4) for leaf in LEAVES]
+MODULES = [f"vit.layers.{layer}.{leaf}" for layer in range(2) for leaf in LEAVES]
 MEANS = {
     "iteris-plus": 52.5,
     "iteris": 50.75,
@@ -22,13 +22,13 @@ MEANS = {
 
 
 def make_report(method: str = "iteris-plus", calibrated: bool = True) -> dict[str, Any]:
-    """The report of one merge of eight adapters on 24 modules."""
+    """The report of one merge of eight adapters on 12 modules."""
     spectrum = [8.0 * math.exp(-0.25 * i) for i in range(32)]
     report: dict[str, Any] = {
         "method": method,
         "params": {"init": "sweep", "alpha_1": "auto", "use_camr": True},
         "adapters": [
-            {"path": f"adapters/{task}", "sha256": f"{i:02x}" * 32, "modules": 24, "ranks": [4]}
+            {"path": f"adapters/{task}", "sha256": f"{i:02x}" * 32, "modules": 12, "ranks": [4]}
             for i, task in enumerate(TASKS)
         ],
         "modules": len(MODULES),
@@ -40,7 +40,8 @@ def make_report(method: str = "iteris-plus", calibrated: bool = True) -> dict[st
         "phases": {"read": 0.125, "collect": 2.0, "solve": 1.0, "write": 0.125},
         "peak_rss_bytes": 512 * 2**20,
         "device": "cpu",
-        "kernels": {"mode": "auto", "native": True},
+        "kernels": {"mode": "auto", "native": True, "why": "built", "calls": {"gram_": {"blocks": 144}}},
+        "weights": [1.0] * len(TASKS),
         "warnings": ["3 modules have fewer than 8 tokens an input feature"],
         "layers": [
             {
@@ -55,13 +56,17 @@ def make_report(method: str = "iteris-plus", calibrated: bool = True) -> dict[st
         ],
     }
     if calibrated:
+        report["calibration"] = [
+            {"name": task, "source": f"{task}.safetensors", "sha256": "ab" * 32, "samples": 256, "available": 400}
+            for task in TASKS
+        ]
         report["iteris"] = {
             "layers": [
                 {
                     "module": module,
                     "tokens": [2000] * 8,
                     "lambda": [0.5 + 0.1 * k for k in range(8)],
-                    "ess": 120.0 + 4 * i,
+                    "ess": 0.4 + 0.04 * i,
                     "sigma": 0.4,
                     "tau": 0.1,
                     "alpha": 1e-3 * (i + 1),
@@ -75,8 +80,11 @@ def make_report(method: str = "iteris-plus", calibrated: bool = True) -> dict[st
                 }
                 for i, module in enumerate(MODULES)
             ],
-            "iterations": [{"k": k, "relative_change": 10.0 ** (-2 * k), "residual": 10.0 ** (-k)} for k in range(1, 5)],
+            "iterations": [
+                {"k": k, "relative_change": 10.0 ** (-2 * k), "residual": 10.0 ** (-k)} for k in range(1, 5)
+            ],
             "converged": True,
+            "verified": 1e-12,
         }
     return report
 

@@ -9,10 +9,12 @@ import pytest
 from loraforge.report.tables import (
     accuracy_table,
     adapters_table,
+    calibration_table,
     cost_table,
     format_bytes,
     format_cell,
     iterations_table,
+    kernels_table,
     layers_table,
 )
 
@@ -45,21 +47,31 @@ def test_cost_table_has_merges_only(results: dict[str, Any]) -> None:
 def test_layers_table_shows_only_what_was_reported(report: dict[str, Any], plain_report: dict[str, Any]) -> None:
     assert layers_table(plain_report).headers == ("module", "rank", "norm", "kept energy", "relative error")
     full = layers_table(report)
-    assert "ρ" in full.headers and len(full.rows) == 24
+    assert "ρ" in full.headers and len(full.rows) == 12
     # A list over the tasks becomes its span; equal numbers become one.
     assert full.rows[0][full.headers.index("λ")] == "0.5 to 1.2"
     assert full.rows[0][full.headers.index("tokens")] == "2000"
 
 
 def test_adapters_and_iterations(report: dict[str, Any]) -> None:
-    assert adapters_table(report).rows[1] == ("adapters/mirrored", "01" * 8, 24, [4])
+    assert adapters_table(report).rows[1] == ("adapters/mirrored", "01" * 8, 12, [4], 1.0)
     assert iterations_table(report).rows[0] == (1, 0.01, 0.1)
     assert iterations_table({}).rows == ()
+    assert calibration_table(report).rows[2] == ("inverted", "inverted.safetensors", "ab" * 8, 256, 400)
+    assert kernels_table(report["kernels"]).rows == (("gram_", "blocks", 144),)
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (float("nan"), "–"), (0.123456, "0.1235"), (12345.6, "12346"), (3, "3"), (True, "True"), ([4, 8], "4, 8")],
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (0.123456, "0.1235"),
+        (12345.6, "12346"),
+        (3, "3"),
+        (True, "True"),
+        ([4, 8], "4, 8"),
+    ],
 )
 def test_cells(value: object, text: str) -> None:
     assert format_cell(value) == text

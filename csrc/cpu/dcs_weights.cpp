@@ -1,4 +1,4 @@
-// Output variance of tokens as a quadratic form, and the weights made from it.
+// Weights of tokens from their output variances: median, MAD, floor of the effective sample size, mean 1.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,103 +7,11 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/cast.h"
 #include "../common/checks.h"
 #include "../common/isa.h"
 
 namespace loraforge {
 namespace {
-
-constexpr int64_t kRows = 2 * kLanes; // tokens that one call of quadratic_form works on, one a lane
-constexpr int64_t kTile = 4;          // entries of y that share the loads of the others
-
-// v_s = y_s^T M y_s for kRows tokens. y: (R, kRows), token last; M: panels of kTile columns, each (R, kTile), symmetric,
-// R a multiple of kTile. Only blocks on and right of the diagonal are multiplied.
-LF_CLONES void quadratic_form(const double* y, const double* panels, int64_t R, double* v) {
-  DoubleLanes total0 = {}, total1 = {};
-  for (int64_t i = 0; i < R; i += kTile) {
-    const double* panel = panels + i * R;
-    DoubleLanes acc0[kTile] = {}, acc1[kTile] = {}, y0, y1;
-    for (int64_t j = i + kTile; j < R; ++j) {
-      load_lanes(y + j * kRows, y0);
-      load_lanes(y + j * kRows + kLanes, y1);
-      for (int64_t r = 0; r < kTile; ++r) {
-        acc0[r] += panel[j * kTile + r] * y0;
-        acc1[r] += panel[j * kTile + r] * y1;
-      }
-    }
-    for (int64_t r = 0; r < kTile; ++r) {
-      acc0[r] += acc0[r];
-      acc1[r] += acc1[r];
-    }
-    for (int64_t j = i; j < i + kTile; ++j) {
-      load_lanes(y + j * kRows, y0);
-      load_lanes(y + j * kRows + kLanes, y1);
-      for (int64_t r = 0; r < kTile; ++r) {
-        acc0[r] += panel[j * kTile + r] * y0;
-        acc1[r] += panel[j * kTile + r] * y1;
-      }
-    }
-    for (int64_t r = 0; r < kTile; ++r) {
-      load_lanes(y + (i + r) * kRows, y0);
-      load_lanes(y + (i + r) * kRows + kLanes, y1);
-      total0 += acc0[r] * y0;
-      total1 += acc1[r] * y1;
-    }
-  }
-  store_lanes(total0, v);
-  store_lanes(total1, v + kLanes);
-}
-
-template <typename T>
-std::vector<double> symmetric_panels(const Tensor& M, int64_t R, int64_t padded) {
-  const T* m = M.const_data_ptr<T>();
-  std::vector<double> panels(static_cast<size_t>(padded * padded), 0.0);
-  for (int64_t i = 0; i < R; ++i) {
-    for (int64_t j = 0; j < R; ++j) {
-      const double both = static_cast<double>(m[i * R + j]) + static_cast<double>(m[j * R + i]);
-      panels[static_cast<size_t>((j / kTile) * kTile * padded + i * kTile + j % kTile)] = 0.5 * both;
-    }
-  }
-  return panels;
-}
-
-Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
-  check_dim("dcs_variance", "Y", Y, 2, "(S, R)");
-  check_dim("dcs_variance", "M", M, 2, "(R, R)");
-  check_dtype(
-      "dcs_variance", "Y", Y, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype("dcs_variance", "M", M, {ScalarType::Float, ScalarType::Double});
-  check_size("dcs_variance", "M", M, 0, Y.size(1), "R of Y");
-  check_size("dcs_variance", "M", M, 1, Y.size(1), "R of Y");
-  const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
-  const int64_t S = Y.size(0), R = Y.size(1), padded = (R + kTile - 1) / kTile * kTile;
-  const std::vector<double> panels = M.scalar_type() == ScalarType::Float ? symmetric_panels<float>(form, R, padded)
-                                                                          : symmetric_panels<double>(form, R, padded);
-  Tensor out = torch::stable::new_empty(Y, {S}, ScalarType::Double);
-  double* v = out.mutable_data_ptr<double>();
-  for_float_type(Y.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* y = static_cast<const T*>(rows.const_data_ptr());
-    torch::stable::parallel_for(0, (S + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
-      std::vector<double> turned(static_cast<size_t>(padded * kRows), 0.0);
-      double values[kRows];
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t at = block * kRows, n = std::min(kRows, S - at);
-        for (int64_t s = 0; s < n; ++s) {
-          for (int64_t r = 0; r < R; ++r) {
-            turned[static_cast<size_t>(r * kRows + s)] = cast_one<T, double>(y[(at + s) * R + r]);
-          }
-        }
-        quadratic_form(turned.data(), panels.data(), padded, values);
-        for (int64_t s = 0; s < n; ++s) {
-          v[at + s] = values[s] < 0.0 ? 0.0 : values[s]; // keeps a NaN visible
-        }
-      }
-    });
-  });
-  return out;
-}
 
 typedef long long IntLanes __attribute__((vector_size(64)));
 
@@ -261,7 +169,7 @@ std::tuple<Tensor, Tensor> dcs_weights(
     tilted_weights(d.data() + at, kappa, factor, w + at, n);
   });
   report[0] = sigma;
-  report[1] = kappa == kappa0 ? 1.0 : kappa0 / kappa;
+  report[1] = kappa == kappa0 ? 1.0 : std::min(kappa0 / kappa, DBL_MAX);
   report[2] = sums.w / sums.ww * (sums.w / static_cast<double>(S));
   return {weights, stats};
 }
@@ -269,7 +177,6 @@ std::tuple<Tensor, Tensor> dcs_weights(
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(loraforge, CPU, m) {
-  m.impl("dcs_variance", TORCH_BOX(&dcs_variance));
   m.impl("dcs_weights", TORCH_BOX(&dcs_weights));
 }
 
