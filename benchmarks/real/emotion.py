@@ -133,7 +133,10 @@ def run(options: argparse.Namespace, out: Path) -> None:
     owns = {seed: bench.own(seed) for seed in options.seeds}
     bases = {seed: run_base(bench, seed) for seed in options.seeds}
     results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {"merges": {}}
-    results.update(header(owns, bases))
+    now = header(owns, bases)
+    for key in ("own_accuracy", "base_accuracy"):  # a run over fewer seeds keeps what is known of the others
+        now[key] = {**results.get(key, {}), **now[key]}
+    results.update(now)
     variants, done = select(options), {}
     cases = plan(variants, options)
     for (variant, samples, seed), found in zip(cases, run_cases(options.work, cases, options.keep, options.jobs)):  # noqa: B905

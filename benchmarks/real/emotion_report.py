@@ -82,12 +82,13 @@ def entry(
     }
 
 
-def cell(row: dict[str, Any] | None) -> str:
-    """Score, and the difference to the plain average with its interval."""
+def cell(row: dict[str, Any] | None, seeds: list[int]) -> str:
+    """Score, and the difference to the plain average with its interval; the seeds where they are not all of them."""
     if row is None:
         return ""
     low, high = row["difference_interval"]
-    return f"{row['normalised']:.3f} ({row['difference']:+.3f}, {low:+.3f} to {high:+.3f})"
+    note = "" if row["seeds"] == seeds else f" [seeds {', '.join(map(str, row['seeds']))}]"
+    return f"{row['normalised']:.3f} ({row['difference']:+.3f}, {low:+.3f} to {high:+.3f}){note}"
 
 
 def table(results: dict[str, Any]) -> str:
@@ -97,21 +98,23 @@ def table(results: dict[str, Any]) -> str:
     seeds = sorted({seed for rows in merges.values() for row in rows.values() for seed in row["seeds"]})
     means = [np.mean([own[task] for own in results["own_accuracy"].values()]) for task in results["tasks"]]
     own = ", ".join(f"{task} {mean:.3f}" for task, mean in zip(results["tasks"], means, strict=True))
+    codes = {code for rows in merges.values() for row in rows.values() for code in row["code"]}
+    mixed = " The rows come from different states of the library." if len(codes) > 1 else ""
     lines = [
         f"<!-- {MARK}:begin -->",
         f"Normalised average over {len(results['tasks'])} tasks and seeds {', '.join(map(str, seeds))} (own adapters: "
         f"1 = {own}; no adapter: {results['base_normalised']:.3f}). In brackets: difference to {REFERENCE} and its "
         f"paired 95 % interval over test rows. {results['machine']}, {results['threads']} threads, torch "
-        f"{results['torch']}, commit {results['commit']}, {results['date']}.",
+        f"{results['torch']}, commit {results['commit']}, {results['date']}.{mixed}",
         "",
         f"| merge | {' | '.join(f'{size} samples a task' for size in sizes) or 'score'} | seconds |",
         f"|---|{'---|' * max(1, len(sizes))}---|",
     ]
     for name, rows in merges.items():
         if "0" in rows:
-            cells = [cell(rows["0"]), *[""] * (len(sizes) - 1)]
+            cells = [cell(rows["0"], seeds), *[""] * (len(sizes) - 1)]
         else:
-            cells = [cell(rows.get(str(size))) for size in sizes]
+            cells = [cell(rows.get(str(size)), seeds) for size in sizes]
         seconds = rows[max(rows, key=int)]["seconds"]
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join([*lines, f"<!-- {MARK}:end -->"])

@@ -12,38 +12,45 @@
 namespace loraforge {
 namespace {
 
-constexpr int64_t kRows = 12; // tokens that share the loads of M
+constexpr int64_t kRows = 2 * kLanes; // tokens that one call of quadratic_form works on, one a lane
+constexpr int64_t kTile = 4;          // entries of y that share the loads of the others
 
-// v_s = y_s^T M y_s for kRows tokens. y: (kRows, R); M: symmetric, as panels of kLanes columns, each (R, kLanes); R is a
-// multiple of kLanes. Only the blocks on and left of the diagonal are multiplied.
+// v_s = y_s^T M y_s for kRows tokens. y: (R, kRows), token last; M: panels of kTile columns, each (R, kTile), symmetric,
+// R a multiple of kTile. Only blocks on and right of the diagonal are multiplied.
 LF_CLONES void quadratic_form(const double* y, const double* panels, int64_t R, double* v) {
-  DoubleLanes total[kRows] = {}, columns;
-  for (int64_t i = 0; i < R; i += kLanes) {
+  DoubleLanes total0 = {}, total1 = {};
+  for (int64_t i = 0; i < R; i += kTile) {
     const double* panel = panels + i * R;
-    DoubleLanes acc[kRows] = {};
-    for (int64_t j = 0; j < i; ++j) {
-      load_lanes(panel + j * kLanes, columns);
-      for (int64_t s = 0; s < kRows; ++s) {
-        acc[s] += y[s * R + j] * columns;
+    DoubleLanes acc0[kTile] = {}, acc1[kTile] = {}, y0, y1;
+    for (int64_t j = i + kTile; j < R; ++j) {
+      load_lanes(y + j * kRows, y0);
+      load_lanes(y + j * kRows + kLanes, y1);
+      for (int64_t r = 0; r < kTile; ++r) {
+        acc0[r] += panel[j * kTile + r] * y0;
+        acc1[r] += panel[j * kTile + r] * y1;
       }
     }
-    for (int64_t s = 0; s < kRows; ++s) {
-      acc[s] += acc[s];
+    for (int64_t r = 0; r < kTile; ++r) {
+      acc0[r] += acc0[r];
+      acc1[r] += acc1[r];
     }
-    for (int64_t j = i; j < i + kLanes; ++j) {
-      load_lanes(panel + j * kLanes, columns);
-      for (int64_t s = 0; s < kRows; ++s) {
-        acc[s] += y[s * R + j] * columns;
+    for (int64_t j = i; j < i + kTile; ++j) {
+      load_lanes(y + j * kRows, y0);
+      load_lanes(y + j * kRows + kLanes, y1);
+      for (int64_t r = 0; r < kTile; ++r) {
+        acc0[r] += panel[j * kTile + r] * y0;
+        acc1[r] += panel[j * kTile + r] * y1;
       }
     }
-    for (int64_t s = 0; s < kRows; ++s) {
-      load_lanes(y + s * R + i, columns);
-      total[s] += acc[s] * columns;
+    for (int64_t r = 0; r < kTile; ++r) {
+      load_lanes(y + (i + r) * kRows, y0);
+      load_lanes(y + (i + r) * kRows + kLanes, y1);
+      total0 += acc0[r] * y0;
+      total1 += acc1[r] * y1;
     }
   }
-  for (int64_t s = 0; s < kRows; ++s) {
-    v[s] = sum_lanes(total[s]);
-  }
+  store_lanes(total0, v);
+  store_lanes(total1, v + kLanes);
 }
 
 template <typename T>
@@ -53,7 +60,7 @@ std::vector<double> symmetric_panels(const Tensor& M, int64_t R, int64_t padded)
   for (int64_t i = 0; i < R; ++i) {
     for (int64_t j = 0; j < R; ++j) {
       const double both = static_cast<double>(m[i * R + j]) + static_cast<double>(m[j * R + i]);
-      panels[static_cast<size_t>((j / kLanes) * kLanes * padded + i * kLanes + j % kLanes)] = 0.5 * both;
+      panels[static_cast<size_t>((j / kTile) * kTile * padded + i * kTile + j % kTile)] = 0.5 * both;
     }
   }
   return panels;
@@ -68,7 +75,7 @@ Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
   check_size("dcs_variance", "M", M, 0, Y.size(1), "R of Y");
   check_size("dcs_variance", "M", M, 1, Y.size(1), "R of Y");
   const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
-  const int64_t S = Y.size(0), R = Y.size(1), padded = (R + kLanes - 1) / kLanes * kLanes;
+  const int64_t S = Y.size(0), R = Y.size(1), padded = (R + kTile - 1) / kTile * kTile;
   const std::vector<double> panels = M.scalar_type() == ScalarType::Float ? symmetric_panels<float>(form, R, padded)
                                                                           : symmetric_panels<double>(form, R, padded);
   Tensor out = torch::stable::new_empty(Y, {S}, ScalarType::Double);
@@ -77,15 +84,16 @@ Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
     using T = decltype(zero);
     const T* y = static_cast<const T*>(rows.const_data_ptr());
     torch::stable::parallel_for(0, (S + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
-      std::vector<double> wide(static_cast<size_t>(padded * kRows), 0.0);
+      std::vector<double> turned(static_cast<size_t>(padded * kRows), 0.0);
       double values[kRows];
       for (int64_t block = begin; block < end; ++block) {
         const int64_t at = block * kRows, n = std::min(kRows, S - at);
         for (int64_t s = 0; s < n; ++s) {
-          const T* row = y + (at + s) * R;
-          std::transform(row, row + R, wide.begin() + s * padded, [](T x) { return cast_one<T, double>(x); });
+          for (int64_t r = 0; r < R; ++r) {
+            turned[static_cast<size_t>(r * kRows + s)] = cast_one<T, double>(y[(at + s) * R + r]);
+          }
         }
-        quadratic_form(wide.data(), panels.data(), padded, values);
+        quadratic_form(turned.data(), panels.data(), padded, values);
         for (int64_t s = 0; s < n; ++s) {
           v[at + s] = values[s] < 0.0 ? 0.0 : values[s]; // keeps a NaN visible
         }

@@ -115,9 +115,9 @@ def _swap(temporary: Path, target: Path) -> None:
     target.rename(aside)
     try:
         temporary.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
+    finally:
+        if not target.exists():
+            aside.rename(target)
     aside.rename(temporary)
 
 

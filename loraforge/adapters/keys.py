@@ -73,12 +73,12 @@ def sort_keys(keys: Iterable[str], settings: PeftSettings, path: Path) -> tuple[
         foreign = foreign_format([key])
         if not is_safe_name(name):
             refused.setdefault("has names that are not dotted module names", []).append(key)
+        elif match is not None and name != key:
+            factors.setdefault(match["module"], {})[match["side"]] = key
         elif foreign is not None:
             refused.setdefault(f"holds {foreign}, which are not supported", []).append(key)
         elif name == key:
             refused.setdefault(f"has keys that do not start with '{PREFIX}'", []).append(key)
-        elif match is not None:
-            factors.setdefault(match["module"], {})[match["side"]] = key
         elif head_module(name, settings) is not None:
             table.heads[name] = key
         elif is_extra(name, settings):

@@ -28,7 +28,7 @@ from loraforge.types import LayerSolution, LayerStats, LowRank
 
 Choices = tuple[float | None, float | None]
 Solve = Callable[[LayerStats, Choices | None], LayerSolution]
-Cut = Callable[[str, Tensor | None, LayerSolution, int], LowRank]
+Cut = Callable[[str, Tensor | None, Tensor, Tensor | None, int], LowRank]
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -50,10 +50,21 @@ class Monitor:
 
 
 @dataclass(slots=True, eq=False)
-class _Solved:
+class _Image:
+    """G(W) of one module: the factors that would be installed, and what is needed to speak of them as a state.
+
+    The state is basis^T delta (p, d), p <= R in delta mode; with the full weight the basis is the identity (None).
+    """
+
+    pair: LowRank
     basis: Tensor | None
-    solution: LayerSolution
+    choices: Choices
     rank: int
+
+    def state(self) -> Tensor:
+        """(p, d) float64."""
+        B = self.pair.B if self.basis is None else self.basis.mT @ self.pair.B
+        return B @ self.pair.A
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +80,8 @@ class Engine:
         trace: Order, calls, shared inputs and masks of the modules.
         how: What to collect.
         solve: The method.
-        cut: Makes the factors that are installed and returned: (module, basis, solution, rank) -> LowRank.
+        cut: Makes the factors that are installed and returned: (module, basis, state, metric factor or
+            None, R) -> LowRank.
         monitor: Stopping rule and mixing.
         progress: Called with (stage, module, done, total).
     """
@@ -89,7 +101,7 @@ class Engine:
     iterations: list[dict[str, float]] = field(default_factory=list)
     merged: dict[str, LowRank] = field(default_factory=dict)
     _deltas: dict[str, Deltas] = field(default_factory=dict)
-    _solved: dict[str, _Solved] = field(default_factory=dict)
+    _installed: dict[str, _Image] = field(default_factory=dict)
     _probes: dict[str, list[Tensor]] = field(default_factory=dict)
     _features: Features = field(init=False)
 
@@ -108,11 +120,12 @@ class Engine:
         """Solves every module once, in running order, each on the inputs that the solved ones before it give."""
 
         def visitor(name: str, visits: list[Visit]) -> None:
-            if name in self._solved:  # a later call of a shared module: what the first one found stands until `iterate`
+            if (
+                name in self._installed
+            ):  # a later call of a shared module: what the first one found stands until `iterate`
                 return
-            self._tell("solving", name, len(self._solved))
-            solved = self._solve(name, visits, None)
-            self._install(name, solved)
+            self._tell("solving", name, len(self._installed))
+            self._install(name, self._solve(name, visits, None))
             self._probes[name] = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
 
         self._walk(visitor, both_streams=True)
@@ -121,7 +134,7 @@ class Engine:
     def verify(self) -> float:
         """Largest relative difference of a module's merged inputs between the sweep and a replay; 0 is a fixed point.
 
-        One batch a task is replayed: every batch takes the same path through the modules, and inputs that come back
+        The smallest batch of each task is replayed: every batch takes the same path through the modules, and inputs that come back
         bit for bit in one of them come back in all.
 
         Modules that run more than once a forward were solved on their first call alone, so nothing is known: infinity.
@@ -129,12 +142,16 @@ class Engine:
         if not self.trace.is_feed_forward:
             return math.inf
         worst = 0.0
-        tasks = [batch.task for batch in self.batches]
-        sample = [tasks.index(task) for task in sorted(set(tasks))]
+        smallest: dict[int, int] = {}
+        for j, batch in enumerate(self.batches):
+            held = smallest.get(batch.task)
+            if held is None or len(batch.indices) < len(self.batches[held].indices):
+                smallest[batch.task] = j
+        sample = sorted(smallest.values())
 
         def visitor(name: str, visits: list[Visit]) -> None:
             nonlocal worst
-            self._tell("verifying", name, len(self._solved))
+            self._tell("verifying", name, len(self._installed))
             now = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
             before = [self._probes[name][j] for j in sample]
             size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
@@ -153,16 +170,23 @@ class Engine:
         mixers: dict[str, AndersonMixer] = {}
         best, stale = math.inf, 0
         for k in range(len(self.iterations), self.monitor.max_iter):
-            first = not self._solved
+            first = not self._installed
             images = self._solve_all(k)
             if first:
-                for name, solved in images.items():
-                    self._install(name, solved)
+                for name, image in images.items():
+                    self._install(name, image)
                 self.iterations.append({"k": k, "relative_change": 1.0, "residual": math.nan})
                 continue
-            residual = _distance(images, self._solved)
-            states = self._mix(mixers, images)
-            change = self._replace(images, states)
+            old = {name: image.state() for name, image in self._installed.items()}
+            new = {name: image.state() for name, image in images.items()}
+            residual = _distance(new, old)
+            mixed = self._mix(mixers, old, new)
+            change = _distance(mixed, old)
+            for name, image in images.items():
+                moved = mixed[name] is not new[name]
+                # A mixture of several iterates has a larger rank: it is cut again, close to the solution in any metric.
+                pair = self.cut(name, image.basis, mixed[name], None, image.rank) if moved else image.pair
+                self._install(name, _Image(pair, image.basis, image.choices, image.rank))
             self.iterations.append({"k": k, "relative_change": change, "residual": residual})
             if not math.isfinite(change):
                 raise LoraforgeError(
@@ -179,59 +203,51 @@ class Engine:
                 return False
         return False
 
-    def _solve_all(self, k: int) -> dict[str, _Solved]:
+    def _solve_all(self, k: int) -> dict[str, _Image]:
         """G(W) of every module at the installed deltas."""
-        both = bool(self._solved)
+        both = bool(self._installed)
         waiting: dict[str, list[Visit]] = {}
-        images: dict[str, _Solved] = {}
+        images: dict[str, _Image] = {}
 
         def visitor(name: str, visits: list[Visit]) -> None:
             self._tell(f"iteration {k + 1}", name, len(images))
             waiting.setdefault(name, []).extend(visits)
             if len(waiting[name]) == self.trace.calls[name] * len(self.batches):
                 # alpha and rho are searched until the merged stream has been seen once, then they stay.
-                earlier = self._solved[name].solution.choices if both and k > 1 else None
+                earlier = self._installed[name].choices if both and k > 1 else None
                 images[name] = self._solve(name, waiting.pop(name), earlier)
 
         self._walk(visitor, both_streams=both)
         return images
 
-    def _mix(self, mixers: dict[str, AndersonMixer], images: dict[str, _Solved]) -> dict[str, Tensor]:
+    def _mix(
+        self, mixers: dict[str, AndersonMixer], old: Mapping[str, Tensor], new: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """The next states: G(W), or its Anderson mixture."""
-        plain = {name: image.solution.state for name, image in images.items()}
         make = self.monitor.mixer
         if make is None:
-            return plain
+            return new
         if self.monitor.shared_history:
             mixer = mixers.setdefault("", make())
-            now = torch.cat([self._solved[n].solution.state.flatten() for n in plain])
-            mixed = mixer.step(now, torch.cat([s.flatten() for s in plain.values()]))
-            parts = mixed.split([s.numel() for s in plain.values()])
-            return {n: part.view_as(s) for (n, s), part in zip(plain.items(), parts, strict=True)}
+            mixed = mixer.step(
+                torch.cat([old[n].flatten() for n in new]), torch.cat([s.flatten() for s in new.values()])
+            )
+            parts = mixed.split([s.numel() for s in new.values()])
+            return {n: part.view_as(s) for (n, s), part in zip(new.items(), parts, strict=True)}
         states = {}
-        for name, image in plain.items():
+        for name, image in new.items():
             mixer = mixers.setdefault(name, make())
-            state = self._solved[name].solution.state
-            residual = float((image - state).norm()) / max(float(image.norm()), 1e-300)
+            residual = float((image - old[name]).norm()) / max(float(image.norm()), 1e-300)
             if residual < 10 * self.monitor.threshold:  # exact already: mixing would only disturb it
                 mixer.reset()
                 states[name] = image
-            else:
-                states[name] = mixer.step(state.flatten(), image.flatten()).view_as(image)
+                continue
+            mixed = mixer.step(old[name].flatten(), image.flatten())
+            # The mixer hands G(W) itself back while it has no history.
+            states[name] = image if mixed.data_ptr() == image.data_ptr() else mixed.view_as(image)
         return states
 
-    def _replace(self, images: dict[str, _Solved], states: Mapping[str, Tensor]) -> float:
-        """Installs the next states; returns ||W_new - W_old|| / ||W_new|| over all merged deltas."""
-        change = size = 0.0
-        for name, image in images.items():
-            old, new = self._solved[name].solution, image.solution
-            moved = LayerSolution(states[name], new.factor, new.choices, new.report)
-            change += float((states[name] - old.state).square().sum())
-            size += float(states[name].square().sum())
-            self._install(name, _Solved(image.basis, moved, image.rank))
-        return math.sqrt(change / size) if size > 0 else 0.0
-
-    def _solve(self, name: str, visits: list[Visit], choices: Choices | None) -> _Solved:
+    def _solve(self, name: str, visits: list[Visit], choices: Choices | None) -> _Image:
         module = self.modules[name]
         weight = weight_view(module).double() if self.how.lambda_weight == "full" or self.how.full_weight else None
         layer = Layer(name, self.factors[name], weight)
@@ -246,11 +262,12 @@ class Engine:
             **(stats.weighting or {"sigma": None, "tau": None, "ess": None}),
             **solution.report,
         }
-        return _Solved(stats.basis, solution, stats.rank)
+        pair = self.cut(name, stats.basis, solution.state, solution.factor, stats.rank)
+        return _Image(pair, stats.basis, solution.choices, stats.rank)
 
-    def _install(self, name: str, solved: _Solved) -> None:
-        self._solved[name] = solved
-        self.merged[name] = self.cut(name, solved.basis, solved.solution, solved.rank)
+    def _install(self, name: str, image: _Image) -> None:
+        self._installed[name] = image
+        self.merged[name] = image.pair
         weight = self.modules[name].weight
         pair = self.merged[name].to(weight.dtype, weight.device)
         self._deltas[name].merged = (pair.B, pair.A)
@@ -277,8 +294,8 @@ def _probe(X: Tensor) -> Tensor:
     return torch.cos(torch.arange(d, dtype=torch.float64) * 0.7390851 + 0.1).to(X.dtype).to(X.device)
 
 
-def _distance(images: Mapping[str, _Solved], solved: Mapping[str, _Solved]) -> float:
-    """||G(W) - W|| / ||G(W)|| over all modules."""
-    away = sum(float((i.solution.state - solved[n].solution.state).square().sum()) for n, i in images.items())
-    size = sum(float(i.solution.state.square().sum()) for i in images.values())
+def _distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
+    """||new - old||_F / ||new||_F over all modules."""
+    away = sum(float((state - old[name]).square().sum()) for name, state in new.items())
+    size = sum(float(state.square().sum()) for state in new.values())
     return math.sqrt(away / size) if size > 0 else 0.0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from loraforge.calibrate.memory import share_one_heap
 from loraforge.errors import LoraforgeError
 
 
@@ -95,6 +96,7 @@ class Lockstep:
         Raises:
             LoraforgeError: Batches that disagree about which module comes next (data-dependent control flow).
         """
+        share_one_heap()
         workers = [_Worker(j, task, inputs) for j, (task, inputs) in enumerate(batches)]
         handles = [m.register_forward_hook(self._hook(n), with_kwargs=True) for n, m in self._modules.items()]
         try:

@@ -89,7 +89,8 @@ def side(columns: Tensor, backend: Backend, loss: float) -> Side:
     """
     rows, R = columns.shape[-2:]
     if backend == "qr" or R > rows or R == 0:
-        return Side(*torch.linalg.qr(columns), None)
+        Q, triangle = torch.linalg.qr(columns)
+        return Side(Q, triangle, None)
     G = columns.mT @ columns
     # Scaling columns to norm 1 takes weights and unequal adapters out of the condition number.
     d = G.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -108,7 +109,8 @@ def side(columns: Tensor, backend: Backend, loss: float) -> Side:
 def _with_fallback(columns: Tensor, triangle: Tensor, solve: Tensor, exact: Sequence[bool]) -> Side:
     """The Gram form where `exact`, Householder QR for the other modules of the batch."""
     if not any(exact):
-        return Side(*torch.linalg.qr(columns), None)
+        Q, triangle = torch.linalg.qr(columns)
+        return Side(Q, triangle, None)
     matrix = columns.clone()
     for index, good in enumerate(exact):
         if not good:

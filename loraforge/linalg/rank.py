@@ -6,8 +6,8 @@ S^2 over the full spectrum, so an energy rule bounds the relative squared Froben
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -92,16 +92,10 @@ def energy_rank(S: Tensor, energy: float) -> int:
         energy: Share in (0, 1].
 
     Returns:
-        A number in 0..R. The tail is summed from its small end, so energies near 1 do not feel the head's rounding.
+        A number in 0..R; an energy that is met exactly counts as met.
     """
-    squares = [value * value for value in S.tolist()]
-    allowed = (1.0 - energy) * math.fsum(squares)
-    tail = 0.0
-    for k in range(len(squares), 0, -1):
-        tail += squares[k - 1]
-        if tail > allowed:
-            return k
-    return 0
+    head = list(accumulate(value * value for value in S.tolist()))
+    return next((k for k, kept in enumerate(head, 1) if kept >= energy * head[-1] > 0.0), 0)
 
 
 def choose(S: Tensor, rule: RankRule, m: int, n: int) -> int:

@@ -28,7 +28,7 @@ from loraforge.linalg.spectrum import singular_values
 from loraforge.merging.iteris import solve_layer
 from loraforge.merging.iteris_params import IterisParams
 from loraforge.merging.job import Job
-from loraforge.types import LayerSolution, LowRank
+from loraforge.types import LowRank
 
 FEW_TOKENS = 8  # tokens a task and input feature, below which the held-out choice leans on the prior
 
@@ -96,7 +96,7 @@ def merge_calibrated(
         trace=trace,
         how=collecting(params, job.weights),
         solve=lambda stats, choices: solve_layer(stats, params, choices),
-        cut=lambda name, basis, solution, rank: _cut(job, kept, name, basis, solution, rank),
+        cut=lambda name, basis, state, factor, rank: _cut(job, kept, name, basis, state, factor, rank),
         monitor=_monitor(params),
         progress=job.progress,
     )
@@ -171,17 +171,16 @@ def _monitor(params: IterisParams) -> Monitor:
 
 
 def _cut(
-    job: Job, kept: dict[str, float], name: str, basis: Tensor | None, solution: LayerSolution, rank: int
+    job: Job, kept: dict[str, float], name: str, basis: Tensor | None, state: Tensor, factor: Tensor | None, rank: int
 ) -> LowRank:
     """Factors of basis @ state, re-ranked by the user's rule in the metric of the outputs (or of the weights).
 
     The full-weight solution is dense and is always cut to R, which the solve has done: here its factors are taken.
     """
-    state = solution.state
     kept[name] = 1.0
     if basis is not None and job.rule.is_lossless:
         return LowRank(basis, state)
-    metric = solution.factor if job.params.truncate_metric == "output" else None
+    metric = factor if job.params.truncate_metric == "output" else None
     U, S = left_subspace(state, metric)
     limit = min(rank, S.numel())
     m = state.shape[0] if basis is None else basis.shape[0]

@@ -32,7 +32,7 @@ Choices = tuple[float | None, float | None]  # (alpha, rho); None where the para
 
 ALPHAS: tuple[float | None, ...] = tuple(10.0 ** (e / 2) for e in range(-12, 3))  # 1e-6 .. 10, two a decade
 RHOS: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-_START = (6, 1)  # alpha 1e-3, rho 0.25
+_START = (8, 0)  # alpha 1e-2, rho 0
 
 
 def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None = None) -> LayerSolution:
@@ -51,6 +51,7 @@ def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None
         choices = _choose(stats, params, report) if params.searches else (None, None)
     total = _sum_folds(stats.folds)
     state, factor = _solve(stats, total, params, choices)
+    state = _cut_to_rank(stats, state, factor)
     report["alpha"] = choices[0] if params.alpha_1 == "auto" else params.alpha_1
     report["rho"] = choices[1] if params.reg_ceof == "auto" else params.reg_ceof
     report |= {"solver": factor.info.solver, "jitter": factor.info.jitter, "condition": factor.info.condition}
@@ -102,10 +103,15 @@ def _solve(stats: LayerStats, fold: FoldStats, params: IterisParams, choices: Ch
     T2.diagonal().add_(shift)
     factor = factor_spd(T2, stats.module)
     state = factor.solve_right(T1)
-    if stats.base_weight is not None and stats.rank < min(state.shape):
-        U, _ = left_subspace(state, factor.L)
-        state = U[:, : stats.rank] @ (U[:, : stats.rank].mT @ state)
     return state, factor
+
+
+def _cut_to_rank(stats: LayerStats, state: Tensor, factor: Factor) -> Tensor:
+    """The full-weight solution, which is dense, as the best update of rank R in the metric of the outputs."""
+    if stats.base_weight is None or stats.rank >= min(state.shape):
+        return state
+    U, _ = left_subspace(state, factor.L)
+    return U[:, : stats.rank] @ (U[:, : stats.rank].mT @ state)
 
 
 def _weighted_sum(stats: LayerStats, diagonals: Sequence[Tensor]) -> Tensor:

@@ -50,7 +50,7 @@ def merge(
     calibration: Mapping[str, Any] | Sequence[Any] | None = None,
     samples: int | None = None,
     max_length: int | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = 2048,
     template: str | None = None,
     params: Mapping[str, Any] | None = None,
     on_missing: str = "zero",

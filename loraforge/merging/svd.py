@@ -1,9 +1,9 @@
 """SVD merge: the best rank-k approximation of the weighted sum of the deltas.
 
 delta = U_k S_k V_k^T of sum_i w_i s_i B_i A_i, w_i = 1 unless given, k the largest r_i of the module unless a rank
-rule is given. By Eckart and Young no update of rank k is nearer in Frobenius norm. The decomposition runs on the R x
-R core of the stacked factors (loraforge.linalg.factored), never on the m x n sum; this file makes the sum and the
-default rank, the rank rule then cuts it as it does for every other method.
+rule is given. By Eckart and Young no update of rank k is nearer in Frobenius norm. The decomposition runs on the
+R x R core of the stacked factors (loraforge.linalg.factored), never on the m x n sum. This file makes the sum; the rank
+rule, the same for every method, cuts it.
 
 Cost: (m + n) R^2 + R^3 a module, R = sum r_i.
 """
@@ -26,8 +26,3 @@ def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
         The exact sum, before the rank rule.
     """
     return stack(layer.present)
-
-
-def default_rank(layer: LayerInputs) -> int:
-    """The k where no rank rule is given: the largest rank among the adapters that have the module."""
-    return max(factors.rank for _, factors in layer.present)

@@ -123,8 +123,10 @@ def _demo_sources(results: Mapping[str, Any]) -> list[str]:
         "base, and then run. If the folder did not load, there would be no number.",
         "The base, the head and the test images are the same for every row; only the adapter differs.",
         "Calibration uses training images of each domain, without their labels.",
-        "No method was tuned for this page: every merge runs with its default parameters, once, with one seed. One "
-        "seed on one small model ranks nothing for good; differences of a few points may turn with another seed.",
+        "Every merge runs once, with its default parameters and one seed; none was tuned for this page. The domains "
+        "and the size of the model were settled in pilots that tried averaging, RegMean and IterIS, so that merging "
+        "is hard but not hopeless. One seed on one small model ranks nothing for good: a few points may turn with "
+        "another.",
         "Seconds are wall-clock time of the merge alone on this machine; sizes are bytes of the written weights.",
         "The same numbers lie beside this page in results.json.",
     ]

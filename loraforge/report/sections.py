@@ -130,7 +130,9 @@ def how_it_ran(report: Report) -> str:
     parameters = {str(key): value for key, value in (report.get("params") or {}).items()}
     rows = [f"{key} = {value}" for key, value in parameters.items()]
     kernels: Mapping[str, Any] = report.get("kernels") or {}
-    state = ", ".join(f"{key} {kernels[key]}" for key in ("mode", "native", "why") if key in kernels)
+    told = [("mode", kernels.get("mode")), ("native", {True: "yes", False: "no"}.get(kernels.get("native", "")))]
+    state = ", ".join(f"{key} {value}" for key, value in told if value is not None)
+    state += f" ({kernels['why']})" if state and kernels.get("why") else ""
     parts = [text(f"Device: {report.get('device') or 'not reported'}. Kernels: {state or 'not reported'}.")]
     if kernels.get("calls"):
         parts.append(table(kernels_table(kernels)))

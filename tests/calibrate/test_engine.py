@@ -66,8 +66,8 @@ def engine_of(
         trace=trace_model(case.model, modules, batches[0].inputs, options),
         how=how,
         solve=lambda stats, choices: solve_layer(stats, params, choices),
-        cut=lambda name, basis, solution, rank: LowRank(
-            basis if basis is not None else torch.eye(solution.state.shape[0], dtype=torch.float64), solution.state
+        cut=lambda name, basis, state, factor, rank: LowRank(
+            basis if basis is not None else torch.eye(state.shape[0], dtype=torch.float64), state
         ),
         monitor=Monitor(max_iter, threshold, mixer, False),
     )
