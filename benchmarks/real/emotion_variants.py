@@ -12,19 +12,12 @@ from typing import Any
 
 from emotion_data import REPOSITORY, TASKS
 
+from loraforge.recipes import load_recipe
+
 SAMPLES = (16, 64, 256)
 SEEDS = (0, 1, 2)
 REFERENCE = "weighted-average"
-DOCUMENT = {
-    "init": "adapters",
-    "use_mats": True,
-    "use_camr": True,
-    "use_dcs": True,
-    "alpha_1": 1e-7,
-    "alpha_2": 1e-7,
-    "reg_ceof": 0.0,
-    "lambda_weight": "full",
-}
+DOCUMENT = load_recipe("document")["params"]
 SWITCHES = {"mats": "use_mats", "camr": "use_camr", "dcs": "use_dcs"}
 
 

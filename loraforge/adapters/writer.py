@@ -230,10 +230,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: The disk refuses.
     """
+    # safetensors leaves a file that only its owner may read; the usual rights are those of a plain new file.
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def _write_extra(folder: Path, relative: str, content: bytes | str) -> None:

@@ -17,7 +17,9 @@ Sources: IterIS (Chen et al., CVPR 2025, arXiv 2411.15231), the IterIS++ documen
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ Choices = tuple[float | None, float | None]  # (alpha, rho); None where the para
 
 ALPHAS: tuple[float | None, ...] = tuple(10.0 ** (e / 2) for e in range(-12, 3))  # 1e-6 .. 10, two a decade
 RHOS: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+SKETCH = 64  # rows that a search looks at
 _START = (8, 0)  # alpha 1e-2, rho 0
 
 
@@ -169,6 +172,7 @@ def _normalised(v: Tensor, by: str, direction: str) -> Tensor:
 
 def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) -> Choices:
     """The (alpha, rho) with the least objective on folds that the solve did not see."""
+    stats = _sketch(stats)
     alphas = ALPHAS if params.alpha_1 == "auto" else (None,)
     rhos = RHOS if params.reg_ceof == "auto" else (None,)
     if stats.folds[0].prior is stats.folds[0].gram:  # X~ = X: rho changes nothing
@@ -190,6 +194,27 @@ def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) 
     gain = -seen[row, column] - reference
     report["heldout_gain"] = gain / abs(reference) if reference else 0.0
     return alphas[row], rhos[column]
+
+
+def _sketch(stats: LayerStats) -> LayerStats:
+    """The same problem with its p rows replaced by a few random combinations of them.
+
+    Rows of the solution depend on the same rows of the target alone, so the objective is a sum over rows, and Gaussian
+    combinations estimate it without bias: what a search needs, at a cost that does not grow with m in full mode.
+    """
+    p = stats.folds[0].target.shape[0]
+    if p <= SKETCH:
+        return stats
+    generator = torch.Generator().manual_seed(p)
+    draw = torch.randn(SKETCH, p, generator=generator, dtype=torch.float64) / math.sqrt(SKETCH)
+    draw = draw.to(stats.folds[0].target.device)
+
+    def rows(t: Tensor | None) -> Tensor | None:
+        return None if t is None else draw @ t
+
+    folds = [replace(f, target=draw @ f.target, target_prior=rows(f.target_prior)) for f in stats.folds]
+    pairs = [None if pair is None else (draw @ pair[0], pair[1]) for pair in stats.pairs]
+    return replace(stats, folds=folds, pairs=pairs, base_weight=rows(stats.base_weight))
 
 
 def _mean_of_adapters(stats: LayerStats) -> Tensor:

@@ -96,7 +96,7 @@ _ROWS: tuple[MethodRow, ...] = (
         name="iteris-plus",
         title="align merged outputs with each adapter's, one sweep",
         cost="2 forwards + S d^2 + d^3/3",
-        paper="IterIS++ (this project's source document)",
+        paper="IterIS++: IterIS (arXiv 2411.15231) with MATS, CAMR, DCS",
         defaults={},
         **_ITERIS,  # type: ignore[arg-type]
     ),

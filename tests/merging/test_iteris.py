@@ -223,6 +223,25 @@ def test_search_finds_the_least_held_out_objective():
     assert values[solution.choices] == pytest.approx(min(values.values()), rel=1e-9)
 
 
+def test_sketched_search_estimates_the_same_objective():
+    """Over many sketches the mean of the sketched objective is the objective; one sketch is near it."""
+    from dataclasses import replace
+
+    from loraforge.merging import iteris
+
+    X, Xt, factors, W0 = problem(15, m=150, d=6)
+    params = IterisParams(use_camr=False, use_dcs=False, with_pretrain_matrix=1, lambda_weight="none")
+    stats = build(X, Xt, factors, W0, params, folds=2)
+    small = iteris._sketch(stats)
+    assert small.folds[0].target.shape[0] == iteris.SKETCH == 64
+    values = []
+    for problem_ in (stats, small):
+        state, _ = iteris._solve(problem_, problem_.folds[0], params, (1e-2, 0.25))
+        values.append(iteris._objective(problem_, problem_.folds[1], state))
+    assert values[1] == pytest.approx(values[0], rel=0.25)
+    assert replace(small, rank=stats.rank).rank == stats.rank
+
+
 def test_identical_adapters_give_that_adapter():
     X, _, factors, W0 = problem(7)
     same = [factors[0]] * 3
