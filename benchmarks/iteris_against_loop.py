@@ -1,7 +1,7 @@
 """`iteris-plus` against a straightforward PyTorch implementation of the document's loop, in one run.
 
-A 6-layer, d=384 BERT-shaped model with random weights, 3 adapters of rank 8 on all its linear modules, 3 x 64 samples of
-64 tokens. Each side runs in a process of its own (so that peak memory is its own), one thread, in turn, several times.
+A 6-layer, d=384 BERT-shaped model with random weights, 3 adapters of rank 8 on all its linear modules, 3 x 64 samples
+of 64 tokens. Each side runs in a process of its own (so that peak memory is its own), one thread, in turn, several times.
 Quality is the IterIS objective on the calibration data, computed by a third piece of code for both results.
 
     python -m benchmarks.iteris_against_loop [--runs 3] [--out benchmarks/results/iteris-against-loop.json]
@@ -26,8 +26,8 @@ TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dens
 SIDES = {
     "loop": "the document's loop: plain iteration, dense, 10 solves",
     "loop-mats": "the same with MATS",
-    "iteris-plus": "defaults (held-out alpha)",
-    "iteris-plus-same-alpha": "defaults but the loop's alpha, rho and lambda, no CAMR, no DCS",
+    "iteris-plus": "defaults (full-weight target, held-out alpha and rho)",
+    "iteris-plus-same-problem": "the sweep on the loop's own problem: its alpha, rho, lambda and target",
 }
 
 
@@ -55,6 +55,11 @@ def build():
     return model, adapters, ids
 
 
+def by_task(adapters):
+    """One {module: (B, A, s)} an adapter."""
+    return [{name: pairs[task] for name, pairs in adapters.items()} for task in range(TASKS)]
+
+
 def save_adapters(folder: Path, adapters) -> list[str]:
     """PEFT folders of the adapters."""
     from loraforge.adapters import PeftMeta, write_adapter
@@ -63,7 +68,7 @@ def save_adapters(folder: Path, adapters) -> list[str]:
     paths = []
     for task in range(TASKS):
         modules = [(name, LowRank(p[task][0] * p[task][2], p[task][1])) for name, p in adapters.items()]
-        paths.append(str(write_adapter(folder / f"task{task}", modules, PeftMeta(task_type="FEATURE_EXTRACTION"))))
+        paths.append(str(write_adapter(folder / f"task{task}", modules, PeftMeta(task_type="FEATURE_EXTRACTION"), overwrite=True)))
     return paths
 
 
@@ -83,15 +88,15 @@ def run_side(side: str, folder: Path) -> None:
         batches = [
             [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in task.split(16)] for task in ids
         ]
-        result = document_loop(model, adapters, batches, max_iter=ITERATIONS, alpha=ALPHA, use_mats="mats" in side)
+        result = document_loop(model, by_task(adapters), batches, max_iter=ITERATIONS, alpha=ALPHA, use_mats="mats" in side)
         deltas = result.deltas
     else:
-        same = {"alpha_1": ALPHA, "alpha_2": ALPHA, "reg_ceof": 0.0, "lambda_weight": "full", "use_camr": False,
-                "use_dcs": False}  # fmt: skip
+        same = {"alpha_1": ALPHA, "alpha_2": ALPHA, "reg_ceof": 0.0, "lambda_weight": "full", "with_pretrain_matrix": 0,
+                "use_camr": False, "use_dcs": False}  # fmt: skip
         merged = loraforge.merge(
             paths, method="iteris-plus", base=model, samples=SAMPLES, batch_tokens=2048,
             calibration=[{"input_ids": task, "attention_mask": torch.ones_like(task)} for task in ids],
-            params=same if side.endswith("same-alpha") else {},
+            params=same if side.endswith("same-problem") else {},
         )  # fmt: skip
         deltas = {name: pair.delta() for name, pair in merged.modules.items()}
     seconds = time.perf_counter() - started
@@ -118,7 +123,7 @@ def objective(folder: Path, side: str) -> float:
 
     model, adapters, ids = build()
     batches = [[{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in task.split(16)] for task in ids]
-    return float(iteris_objective(model, adapters, batches, torch.load(folder / f"{side}.pt", weights_only=True)))
+    return float(iteris_objective(model, by_task(adapters), batches, torch.load(folder / f"{side}.pt", weights_only=True)))
 
 
 def main() -> None:

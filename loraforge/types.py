@@ -145,11 +145,13 @@ class LayerSolution:
     Attributes:
         state: (p, d) in the basis of the layer's statistics, before any truncation.
         factor: (d, d) lower Cholesky factor of the regularised Gram, the metric of the outputs.
+        left: In full mode the left singular vectors (p, q) and values (q,) of the solution in that metric; else None.
         choices: alpha and rho that a search chose; None where they were fixed.
         report: JSON-ready numbers (solver, condition, jitter, held-out gain, ...).
     """
 
     state: Tensor
     factor: Tensor
+    left: tuple[Tensor, Tensor] | None
     choices: tuple[float | None, float | None]
     report: dict[str, object]

@@ -28,7 +28,8 @@ from loraforge.types import LayerSolution, LayerStats, LowRank
 
 Choices = tuple[float | None, float | None]
 Solve = Callable[[LayerStats, Choices | None], LayerSolution]
-Cut = Callable[[str, Tensor | None, Tensor, Tensor | None, int], LowRank]
+Left = tuple[Tensor, Tensor]
+Cut = Callable[[str, Tensor | None, Tensor, Tensor | None, Left | None, int], LowRank]
 Progress = Callable[[str, str, int, int], None]
 
 
@@ -81,7 +82,7 @@ class Engine:
         how: What to collect.
         solve: The method.
         cut: Makes the factors that are installed and returned: (module, basis, state, metric factor or
-            None, R) -> LowRank.
+            None, left singular vectors in that metric or None, R) -> LowRank.
         monitor: Stopping rule and mixing.
         progress: Called with (stage, module, done, total).
     """
@@ -134,8 +135,8 @@ class Engine:
     def verify(self) -> float:
         """Largest relative difference of a module's merged inputs between the sweep and a replay; 0 is a fixed point.
 
-        The smallest batch of each task is replayed: every batch takes the same path through the modules, and inputs that come back
-        bit for bit in one of them come back in all.
+        The smallest batch of each task is replayed: every batch takes the same path through the modules, and inputs
+        that come back bit for bit in one of them come back in all.
 
         Modules that run more than once a forward were solved on their first call alone, so nothing is known: infinity.
         """
@@ -185,7 +186,7 @@ class Engine:
             for name, image in images.items():
                 moved = mixed[name] is not new[name]
                 # A mixture of several iterates has a larger rank: it is cut again, close to the solution in any metric.
-                pair = self.cut(name, image.basis, mixed[name], None, image.rank) if moved else image.pair
+                pair = self.cut(name, image.basis, mixed[name], None, None, image.rank) if moved else image.pair
                 self._install(name, _Image(pair, image.basis, image.choices, image.rank))
             self.iterations.append({"k": k, "relative_change": change, "residual": residual})
             if not math.isfinite(change):
@@ -252,8 +253,7 @@ class Engine:
         weight = weight_view(module).double() if self.how.lambda_weight == "full" or self.how.full_weight else None
         layer = Layer(name, self.factors[name], weight)
         rows = self._features.rows(name, visits)
-        shared = self._features.shared if self.how.weighting is None else None
-        stats = collect_stats(layer, rows, self.how, shared)
+        stats = collect_stats(layer, rows, self.how, self._features.shared(name))
         solution = self.solve(stats, choices)
         self.layers[name] = {
             "module": name,
@@ -262,7 +262,7 @@ class Engine:
             **(stats.weighting or {"sigma": None, "tau": None, "ess": None}),
             **solution.report,
         }
-        pair = self.cut(name, stats.basis, solution.state, solution.factor, stats.rank)
+        pair = self.cut(name, stats.basis, solution.state, solution.factor, solution.left, stats.rank)
         return _Image(pair, stats.basis, solution.choices, stats.rank)
 
     def _install(self, name: str, image: _Image) -> None:

@@ -19,7 +19,7 @@ from loraforge.kernels.covariance import cov_pack
 class Features:
     """Takes padding out of the inputs, mixes the streams and measures the outputs.
 
-    Modules that are fed by the very same tensor get the same packed rows, and may share the Grams in `shared`.
+    Modules that are fed by the very same tensor get the same packed rows, and share their Grams.
 
     Args:
         modules: Target modules by name.
@@ -45,7 +45,7 @@ class Features:
         self._both = True
         self._leader = ""
         self._packed: list[tuple[Tensor, Tensor]] = []
-        self.shared: dict[tuple[int, int], Sums] = {}
+        self._sums: dict[tuple[int, int], Sums] = {}
 
     def rows(self, name: str, visits: Sequence[Visit]) -> list[Rows]:
         """The rows of all batches, in their order."""
@@ -56,17 +56,26 @@ class Features:
             found.append(Rows(batch.task, batch.fold, X, Xm, energy))
         return found
 
+    def shared(self, name: str) -> dict[tuple[int, int], Sums] | None:
+        """Where the Grams of this module's input are kept for the others that it feeds; None if it feeds no other.
+
+        Sample weights differ by module, and so do weighted Grams: those are never shared.
+        """
+        leader = self._trace.leaders[name]
+        feeds = sum(other == leader for other in self._trace.leaders.values())
+        return self._sums if feeds > 1 and self._how.weighting is None and self._trace.calls[name] == 1 else None
+
     def pack(self, name: str, visits: Sequence[Visit]) -> list[tuple[Tensor, Tensor]]:
         """Per batch (X, X~), both (t, d), float32 or float64; one tensor where the task stream runs alone."""
         leader = self._trace.leaders[name]
         if leader == self._leader and self._trace.calls[name] == 1:
             return self._packed
-        self._leader, self.shared, self._packed = leader, {}, []
+        self._leader, self._sums, self._packed = leader, {}, []
         for visit in visits:
             mask = self._mask(name, visit)
             x = visit.x.reshape(-1, visit.x.shape[-1])
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            half = mask.numel()
+            half = x.shape[0] // (2 if self._both else 1)
             X = cov_pack(x[:half], mask, None, dtype)
             if not self._both:
                 self._packed.append((X, X))
@@ -77,8 +86,8 @@ class Features:
             self._packed.append((X, Xm))
         return self._packed
 
-    def _mask(self, name: str, visit: Visit) -> Tensor:
-        """(rows of one stream,) bool: which rows count.
+    def _mask(self, name: str, visit: Visit) -> Tensor | None:
+        """(rows of one stream,) bool: which rows count; None where all do.
 
         Raises:
             LoraforgeError: The module sees another number of rows than the mask has.
@@ -86,8 +95,8 @@ class Features:
         batch = self._batches[visit.worker]
         rows = visit.x.numel() // visit.x.shape[-1] // (2 if self._both else 1)
         mask = {"encoder": batch.enc_mask, "decoder": batch.dec_mask, "all": None}[self._trace.axis[name]]
-        if mask is None:
-            return torch.ones(rows, dtype=torch.bool, device=visit.x.device)
+        if mask is None or (mask.numel() == rows and bool(mask.all())):
+            return None
         if mask.numel() != rows:
             raise LoraforgeError(
                 "the rows of a module cannot be told from padding",
@@ -100,7 +109,8 @@ class Features:
     def _output_energy(self, name: str, visit: Visit, X: Tensor) -> float:
         """||X W_i^T||_F^2 of task model i: the base module's output less its bias, plus the adapter's."""
         mask = self._mask(name, visit)
-        y = visit.y.reshape(-1, visit.y.shape[-1])[: mask.numel()]
+        y = visit.y.reshape(-1, visit.y.shape[-1])
+        y = y[: y.shape[0] // (2 if self._both else 1)]
         output = cov_pack(y, mask, None, X.dtype)
         bias = getattr(self._modules[name], "bias", None)
         if bias is not None:

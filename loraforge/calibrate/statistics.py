@@ -67,9 +67,11 @@ def collect_stats(
     basis = None if how.full_weight else layer_basis(layer)
     pairs = [_project(basis, f) for f in layer.factors]
     tokens = _count(layer.module, rows, len(pairs))
+    if how.only_present:
+        rows = [r for r in rows if pairs[r.task] is not None]
     lambdas = task_weights(layer, rows, pairs, how)
     coefficients = [c * lam for c, lam in zip(how.coefficients, lambdas, strict=True)]
-    weighted, weighting = weigh(rows, pairs, how.weighting)
+    weighted, weighting = weigh(rows, pairs, how)
     d, p = rows[0].X.shape[1], layer.shape[0] if basis is None else basis.shape[1]
     folds = [_empty_fold(d, p, how, rows[0].X.device) for _ in range(how.folds)]
     totals = []
@@ -92,7 +94,7 @@ def collect_stats(
         cross = float(total.cross.norm()) if how.exact_cross_norm and total.cross is not None else norm
         totals.append(_TaskTotals(norm, cross, total.gram.diagonal().clone()))
     for fold, stats in enumerate(folds):
-        stats.share = sum(r.X.shape[0] for r in rows if r.fold == fold) / sum(tokens)
+        stats.share = sum(r.X.shape[0] for r in rows if r.fold == fold) / sum(r.X.shape[0] for r in rows)
     return LayerStats(
         module=layer.module,
         basis=basis,

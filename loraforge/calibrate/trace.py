@@ -85,7 +85,8 @@ def _record(
     model: nn.Module, modules: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], options: Mapping[str, object]
 ) -> _Record:
     record = _Record({}, {}, {})
-    seen: list[tuple[Tensor, str]] = []  # the inputs are held, so that an address cannot be used twice
+    # The inputs are held, so that an address cannot be used twice; a change in place makes another version.
+    seen: list[tuple[Tensor, int, str]] = []
 
     def watch(name: str) -> object:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -94,8 +95,10 @@ def _record(
             if name in record.rows:
                 return
             record.rows[name] = x.numel() // max(x.shape[-1], 1)
-            record.leaders[name] = next((leader for tensor, leader in seen if tensor is x), name)
-            seen.append((x, record.leaders[name]))
+            record.leaders[name] = next(
+                (leader for tensor, version, leader in seen if tensor is x and version == x._version), name
+            )
+            seen.append((x, x._version, record.leaders[name]))
 
         return hook
 

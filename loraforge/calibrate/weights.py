@@ -43,6 +43,7 @@ class Collecting:
         exact_cross_norm: ||X_i^T X~_i||_F is wanted.
         offdiag: Factor on off-diagonal entries of the Grams.
         weighting: Sample weights, or None.
+        only_present: A task whose adapter lacks the module has no say there (otherwise its delta is 0).
     """
 
     coefficients: Sequence[float]
@@ -54,6 +55,7 @@ class Collecting:
     exact_cross_norm: bool
     offdiag: float
     weighting: Weighting | None
+    only_present: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -139,16 +141,17 @@ def full_norm_squared(weight: Tensor, factors: LowRank | None) -> float:
 
 
 def weigh(
-    rows: Sequence[Rows], pairs: Sequence[tuple[Tensor, Tensor] | None], weighting: Weighting | None
+    rows: Sequence[Rows], pairs: Sequence[tuple[Tensor, Tensor] | None], how: Collecting
 ) -> tuple[list[Rows], DcsWeights | None]:
     """Rows scaled by the square root of their sample weights (DCS), so that every Gram of them is a weighted one.
 
     V = y^T M y with y = A_cat x and M_ij = delta_ij K_ii / N - K_ij / N^2, K_ij = P_i^T P_j: W0 cancels.
     """
+    weighting = how.weighting
     if weighting is None:
         return list(rows), None
-    count = len(pairs)
     present = [pair for pair in pairs if pair is not None]
+    count = len(present) if how.only_present else len(pairs)
     A_cat = torch.cat([A for _, A in present])
     P_cat = torch.cat([P for P, _ in present], dim=1)
     M = -(P_cat.mT @ P_cat) / count**2

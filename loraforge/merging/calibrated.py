@@ -94,15 +94,17 @@ def merge_calibrated(
         batches=batches,
         options=options,
         trace=trace,
-        how=collecting(params, job.weights),
+        how=collecting(params, job.weights, only_present=job.on_missing == "present"),
         solve=lambda stats, choices: solve_layer(stats, params, choices),
-        cut=lambda name, basis, state, factor, rank: _cut(job, kept, name, basis, state, factor, rank),
+        cut=lambda *found: _cut(job, kept, *found),
         monitor=_monitor(params),
         progress=job.progress,
     )
     outcome = _run(job, engine, params)
     _warn_few_tokens(job, engine)
     layers = [_row(engine, name, kept[name]) for name in job.modules]
+    for name in job.modules:
+        job.tell_clamped(name, engine.merged[name].rank)
     report = {
         "iteris": {
             "layers": [engine.layers[name] for name in trace.order],
@@ -141,8 +143,8 @@ def _run(job: Job, engine: Engine, params: IterisParams) -> dict[str, Any]:
     return {"converged": converged, "verified": _number(deviation)}
 
 
-def collecting(params: IterisParams, coefficients: Sequence[float]) -> Collecting:
-    """What the engine has to collect for these parameters."""
+def collecting(params: IterisParams, coefficients: Sequence[float], *, only_present: bool = False) -> Collecting:
+    """What the engine has to collect for these parameters; with `only_present` adapters count where they have a module."""
     weighting = Weighting(params.dcs_sigma, params.dcs_min_ess, params.dcs_kernel, params.dcs_mad_consistent)
     return Collecting(
         coefficients=coefficients,
@@ -154,6 +156,7 @@ def collecting(params: IterisParams, coefficients: Sequence[float]) -> Collectin
         exact_cross_norm=params.alpha_1 != "auto" and params.cross_norm == "exact" and _uses_iso_cross(params),
         offdiag=params.offdiag,
         weighting=weighting if params.use_dcs else None,
+        only_present=only_present,
     )
 
 
@@ -171,7 +174,14 @@ def _monitor(params: IterisParams) -> Monitor:
 
 
 def _cut(
-    job: Job, kept: dict[str, float], name: str, basis: Tensor | None, state: Tensor, factor: Tensor | None, rank: int
+    job: Job,
+    kept: dict[str, float],
+    name: str,
+    basis: Tensor | None,
+    state: Tensor,
+    factor: Tensor | None,
+    left: tuple[Tensor, Tensor] | None,
+    rank: int,
 ) -> LowRank:
     """Factors of basis @ state, re-ranked by the user's rule in the metric of the outputs (or of the weights).
 
@@ -180,8 +190,8 @@ def _cut(
     kept[name] = 1.0
     if basis is not None and job.rule.is_lossless:
         return LowRank(basis, state)
-    metric = factor if job.params.truncate_metric == "output" else None
-    U, S = left_subspace(state, metric)
+    output = job.params.truncate_metric == "output" or job.rule.is_lossless
+    U, S = left if left is not None and output else left_subspace(state, factor if output else None)
     limit = min(rank, S.numel())
     m = state.shape[0] if basis is None else basis.shape[0]
     k = limit if job.rule.is_lossless else choose(S[:limit], job.rule, m, state.shape[1])

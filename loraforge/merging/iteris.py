@@ -32,10 +32,10 @@ from loraforge.types import FoldStats, LayerSolution, LayerStats
 
 Choices = tuple[float | None, float | None]  # (alpha, rho); None where the parameter is a fixed number
 
-ALPHAS: tuple[float | None, ...] = tuple(10.0 ** (e / 2) for e in range(-12, 3))  # 1e-6 .. 10, two a decade
+ALPHAS: tuple[float | None, ...] = tuple(10.0**e for e in range(-6, 2))  # 1e-6 .. 10
 RHOS: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-SKETCH = 64  # rows that a search looks at
-_START = (8, 0)  # alpha 1e-2, rho 0
+SKETCH = 32  # rows that a search looks at
+_START = (4, 0)  # alpha 1e-2, rho 0
 
 
 def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None = None) -> LayerSolution:
@@ -54,13 +54,18 @@ def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None
         choices = _choose(stats, params, report) if params.searches else (None, None)
     total = _sum_folds(stats.folds)
     state, factor = _solve(stats, total, params, choices)
-    state = _cut_to_rank(stats, state, factor)
+    left = None
+    if stats.base_weight is not None:
+        # The full-weight solution is dense: its best update of rank R in the metric of the outputs is what counts.
+        left = left_subspace(state, factor.L)
+        U = left[0][:, : stats.rank]
+        state = U @ (U.mT @ state)
     report["alpha"] = choices[0] if params.alpha_1 == "auto" else params.alpha_1
     report["rho"] = choices[1] if params.reg_ceof == "auto" else params.reg_ceof
     report |= {"solver": factor.info.solver, "jitter": factor.info.jitter, "condition": factor.info.condition}
     report["residual_before"] = _residual(stats, total, _mean_of_adapters(stats))
     report["residual_after"] = _residual(stats, total, state)
-    return LayerSolution(state, factor.L, choices, report)
+    return LayerSolution(state, factor.L, left, choices, report)
 
 
 def _sum_folds(folds: Sequence[FoldStats], leave_out: int | None = None) -> FoldStats:
@@ -107,14 +112,6 @@ def _solve(stats: LayerStats, fold: FoldStats, params: IterisParams, choices: Ch
     factor = factor_spd(T2, stats.module)
     state = factor.solve_right(T1)
     return state, factor
-
-
-def _cut_to_rank(stats: LayerStats, state: Tensor, factor: Factor) -> Tensor:
-    """The full-weight solution, which is dense, as the best update of rank R in the metric of the outputs."""
-    if stats.base_weight is None or stats.rank >= min(state.shape):
-        return state
-    U, _ = left_subspace(state, factor.L)
-    return U[:, : stats.rank] @ (U[:, : stats.rank].mT @ state)
 
 
 def _weighted_sum(stats: LayerStats, diagonals: Sequence[Tensor]) -> Tensor:

@@ -35,9 +35,9 @@ class IterisParams:
     target: str = _param(
         "task", "what the merged outputs match: the task model's, or W_i on merged inputs", ("task", "merged")
     )
-    with_pretrain_matrix: int = _param(0, "0: the delta is solved for; 1: the full weight, then cut to rank R", (0, 1))
+    with_pretrain_matrix: int = _param(1, "0: the delta is solved for; 1: the full weight, then cut to rank R", (0, 1))
     lambda_weight: str = _param(
-        "full", "task weight: ||W_i||^2 / ||X_i W_i^T||^2 of the full weight or of the delta", ("full", "delta", "none")
+        "none", "task weight: ||W_i||^2 / ||X_i W_i^T||^2 of the full weight or of the delta", ("full", "delta", "none")
     )
     manual_ceof: tuple[float, ...] | None = _param(None, "c_i, one an adapter (the same as --weights)")
     alpha_1: float | Auto = _param(
@@ -55,7 +55,7 @@ class IterisParams:
         "relative", "relative to the mean squared residual difference, or absolute", ("relative", "absolute")
     )
     mats_scope: str = _param("layer", "one history a module, or one over all modules", ("layer", "global"))
-    use_camr: bool = _param(True, "curvature-aware diagonal instead of the isotropic regulariser")
+    use_camr: bool = _param(False, "curvature-aware diagonal instead of the isotropic regulariser")
     camr_alpha: float | None = _param(None, "strength; default alpha_1", low=0)
     camr_beta: float = _param(1e-8, "smallest regularisation", low=0)
     camr_direction: str = _param(
@@ -68,7 +68,7 @@ class IterisParams:
     camr_cross: str = _param(
         "matched", "the same diagonal on the cross-Gram, none, or the isotropic one", ("matched", "none", "iso")
     )
-    use_dcs: bool = _param(True, "weights on samples by the variance of the adapters' outputs")
+    use_dcs: bool = _param(False, "weights on samples by the variance of the adapters' outputs")
     dcs_sigma: float = _param(1.0, "factor on the MAD", low=0)
     dcs_min_ess: float = _param(0.25, "floor of the effective sample size as a share; 0 is the literal formula", low=0)
     dcs_kernel: str = _param(

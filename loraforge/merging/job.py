@@ -32,6 +32,7 @@ class Job:
         rule: The user's rank rule.
         device: Where to compute.
         on_missing: "zero" or "present".
+        uniform_rank: All modules are padded to one rank at the end.
         progress: Called with (stage, detail, done, total), or None.
         phases: Seconds by phase.
         warnings: Sentences for the report.
@@ -46,6 +47,7 @@ class Job:
     rule: RankRule
     device: torch.device
     on_missing: str
+    uniform_rank: bool
     progress: Progress | None
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -56,6 +58,11 @@ class Job:
         started = time.perf_counter()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
+
+    def tell_clamped(self, module: str, rank: int) -> None:
+        """A warning where a module could not have the rank that was asked for."""
+        if self.rule.rank is not None and rank < self.rule.rank:
+            self.warnings.append(f"{module}: rank {self.rule.rank} clamped to {rank}")
 
     def load(self, module: str) -> list[LowRank | None]:
         """The factors of one module, one entry an adapter, on the device."""

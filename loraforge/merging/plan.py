@@ -69,9 +69,14 @@ def _rows(job: Job) -> list[dict[str, Any]]:
             rank = max(i.rank for i in infos)
         if job.rule.rank is not None:
             rank = job.rule.rank
+        cut = rank != total or not job.rule.is_lossless
+        if cut:
+            rank = max(rank, job.rule.min_rank)
         if job.rule.max_rank is not None:
             rank = min(rank, job.rule.max_rank)
-        cut = rank != total or not job.rule.is_lossless
+        if job.row.needs == "calibration":
+            # Solved in an orthonormal basis of the columns of all B_i, or dense and then cut.
+            total = min(total, m) if job.params.with_pretrain_matrix == 0 else min(total, m, n)
         rows.append(
             {
                 "module": module,
@@ -82,6 +87,9 @@ def _rows(job: Job) -> list[dict[str, Any]]:
                 "at_most": job.rule.energy is not None,
             }
         )
+    if job.uniform_rank:
+        widest = max(row["rank_out"] for row in rows)
+        rows = [row | {"rank_out": widest} for row in rows]
     return rows
 
 

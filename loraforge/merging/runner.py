@@ -106,7 +106,7 @@ def merge(
     _check_choice("on_missing", on_missing, ("zero", "present", "error"))
     _check_choice("dtype", dtype, ("auto", *_DTYPES))
     opened = _open(adapters)
-    check_compatible(opened, force)
+    forced = check_compatible(opened, force)
     heads = resolve_heads(opened, heads_from)
     modules = all_modules(opened)
     _check_missing(opened, modules, on_missing)
@@ -120,8 +120,9 @@ def merge(
         rule=rule,
         device=_device(device),
         on_missing=on_missing,
+        uniform_rank=uniform_rank,
         progress=progress,
-        warnings=list(heads.notes),
+        warnings=[*forced, *heads.notes],
     )
     target = output_dtype(opened) if dtype == "auto" else _DTYPES[dtype]
     extra: dict[str, Any] = {}
@@ -177,8 +178,7 @@ def _merge_factored(job: Job) -> tuple[dict[str, LowRank], list[dict[str, Any]]]
                 "spectrum": result.spectrum.tolist(),
             }
         )
-        if job.rule.rank is not None and result.factors.rank < job.rule.rank:
-            job.warnings.append(f"{module}: rank {job.rule.rank} clamped to {result.factors.rank}")
+        job.tell_clamped(module, result.factors.rank)
     return {m: r.factors for m, r in zip(job.modules, cut, strict=True)}, layers
 
 

@@ -66,7 +66,7 @@ def engine_of(
         trace=trace_model(case.model, modules, batches[0].inputs, options),
         how=how,
         solve=lambda stats, choices: solve_layer(stats, params, choices),
-        cut=lambda name, basis, state, factor, rank: LowRank(
+        cut=lambda name, basis, state, factor, left, rank: LowRank(
             basis if basis is not None else torch.eye(state.shape[0], dtype=torch.float64), state
         ),
         monitor=Monitor(max_iter, threshold, mixer, False),

@@ -20,7 +20,8 @@ from tests.oracles import iteris as oracle
 
 VECTORS = json.loads((Path(__file__).parent.parent / "oracles" / "iteris_vectors.json").read_text())
 SETTINGS = VECTORS["settings"]
-FIXED = {"use_camr": False, "use_dcs": False, "alpha_1": SETTINGS["alpha_1"], "alpha_2": SETTINGS["alpha_2"]}
+PLAIN = {"use_camr": False, "use_dcs": False, "with_pretrain_matrix": 0}
+FIXED = PLAIN | {"alpha_1": SETTINGS["alpha_1"], "alpha_2": SETTINGS["alpha_2"]}
 CAMR = {"use_camr": True, "camr_alpha": SETTINGS["camr_alpha"], "camr_beta": SETTINGS["camr_beta"]}
 
 
@@ -185,12 +186,12 @@ def test_folds_change_nothing_but_the_choice():
 def test_searched_rho_solves_like_the_same_fixed_rho():
     """The parts kept for the search combine to the Grams of the mixed features."""
     X, Xt, factors, W0 = problem(5, tokens=(60, 50, 70))
-    auto = IterisParams(use_camr=False, use_dcs=False, alpha_1=1e-3, alpha_2=1e-3, cross_norm="gram")
+    auto = IterisParams(**PLAIN, alpha_1=1e-3, alpha_2=1e-3, cross_norm="gram")
     got, _, solution = solve(X, Xt, factors, W0, auto, folds=2)
     rho = solution.choices[1]
     assert rho in RHOS
-    fixed = IterisParams(use_camr=False, use_dcs=False, alpha_1=0.0, alpha_2=0.0, reg_ceof=rho)
-    exact = IterisParams(use_camr=False, use_dcs=False, alpha_1=0.0, alpha_2=0.0)
+    fixed = IterisParams(**PLAIN, alpha_1=0.0, alpha_2=0.0, reg_ceof=rho)
+    exact = IterisParams(**PLAIN, alpha_1=0.0, alpha_2=0.0)
     stats = build(X, Xt, factors, W0, exact, folds=2)
     want, _, _ = solve(X, Xt, factors, W0, fixed)
     mixed = stats.basis @ solve_layer(stats, exact, (None, rho)).state
@@ -201,7 +202,7 @@ def test_searched_rho_solves_like_the_same_fixed_rho():
 def test_search_finds_the_least_held_out_objective():
     """Against a brute force over the grid with the oracle's held-out objective."""
     X, Xt, factors, W0 = problem(6, tokens=(30, 24, 28), shift=0.6)
-    params = IterisParams(use_camr=False, use_dcs=False)
+    params = IterisParams(**PLAIN)
     stats = build(X, Xt, factors, W0, params, folds=2)
     solution = solve_layer(stats, params)
     assert solution.report["heldout_gain"] > 0
@@ -230,15 +231,15 @@ def test_sketched_search_estimates_the_same_objective():
     from loraforge.merging import iteris
 
     X, Xt, factors, W0 = problem(15, m=150, d=6)
-    params = IterisParams(use_camr=False, use_dcs=False, with_pretrain_matrix=1, lambda_weight="none")
+    params = IterisParams(**(PLAIN | {"with_pretrain_matrix": 1}))
     stats = build(X, Xt, factors, W0, params, folds=2)
     small = iteris._sketch(stats)
-    assert small.folds[0].target.shape[0] == iteris.SKETCH == 64
+    assert small.folds[0].target.shape[0] == iteris.SKETCH == 32
     values = []
     for problem_ in (stats, small):
         state, _ = iteris._solve(problem_, problem_.folds[0], params, (1e-2, 0.25))
         values.append(iteris._objective(problem_, problem_.folds[1], state))
-    assert values[1] == pytest.approx(values[0], rel=0.25)
+    assert values[1] == pytest.approx(values[0], rel=0.4)
     assert replace(small, rank=stats.rank).rank == stats.rank
 
 
@@ -275,7 +276,7 @@ def test_dead_input_directions_keep_the_mean_of_the_adapters(options, alpha):
     for x in (*X, *Xt):
         x[:, 8:] = 0.0
     fixed = {} if alpha == "auto" else {"alpha_1": alpha, "alpha_2": alpha, "reg_ceof": 0.0}
-    params = IterisParams(**({"use_camr": False, "use_dcs": False} | options | fixed))
+    params = IterisParams(**(PLAIN | options | fixed))
     same = [factors[0]] * 3
     got, _, _ = solve(X, Xt, same, W0, params, folds=2)
     want = factors[0][0] @ factors[0][1]
