@@ -1,8 +1,9 @@
 """`iteris-plus` against a straightforward PyTorch implementation of the document's loop, in one run.
 
 A 6-layer, d=384 BERT-shaped model with random weights, 3 adapters of rank 8 on all its linear modules, 3 x 64 samples
-of 64 tokens. Each side runs in a process of its own (so that peak memory is its own), one thread, in turn, several times.
-Quality is the IterIS objective on the calibration data, computed by a third piece of code for both results.
+of 64 tokens. Each side runs in a process of its own (so that peak memory is its
+own), one thread, in turn, several times. Quality is the IterIS objective on the calibration data, computed by a third
+piece of code for both results.
 
     python -m benchmarks.iteris_against_loop [--runs 3] [--out benchmarks/results/iteris-against-loop.json]
 """
@@ -68,7 +69,8 @@ def save_adapters(folder: Path, adapters) -> list[str]:
     paths = []
     for task in range(TASKS):
         modules = [(name, LowRank(p[task][0] * p[task][2], p[task][1])) for name, p in adapters.items()]
-        paths.append(str(write_adapter(folder / f"task{task}", modules, PeftMeta(task_type="FEATURE_EXTRACTION"), overwrite=True)))
+        meta = PeftMeta(task_type="FEATURE_EXTRACTION")
+        paths.append(str(write_adapter(folder / f"task{task}", modules, meta, overwrite=True)))
     return paths
 
 
@@ -88,7 +90,9 @@ def run_side(side: str, folder: Path) -> None:
         batches = [
             [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in task.split(16)] for task in ids
         ]
-        result = document_loop(model, by_task(adapters), batches, max_iter=ITERATIONS, alpha=ALPHA, use_mats="mats" in side)
+        result = document_loop(
+            model, by_task(adapters), batches, max_iter=ITERATIONS, alpha=ALPHA, use_mats="mats" in side
+        )
         deltas = result.deltas
     else:
         same = {"alpha_1": ALPHA, "alpha_2": ALPHA, "reg_ceof": 0.0, "lambda_weight": "full", "with_pretrain_matrix": 0,
@@ -123,7 +127,9 @@ def objective(folder: Path, side: str) -> float:
 
     model, adapters, ids = build()
     batches = [[{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in task.split(16)] for task in ids]
-    return float(iteris_objective(model, by_task(adapters), batches, torch.load(folder / f"{side}.pt", weights_only=True)))
+    return float(
+        iteris_objective(model, by_task(adapters), batches, torch.load(folder / f"{side}.pt", weights_only=True))
+    )
 
 
 def main() -> None:

@@ -76,10 +76,10 @@ class LayerInputs:
 
 @dataclass(slots=True, eq=False)
 class FoldStats:
-    """Sums over one fold of the calibration tokens, in float64, already weighted by c_i lambda_i and the sample weights.
+    """Sums over one fold of the calibration tokens, float64, weighted by c_i lambda_i and the sample weights.
 
-    X are the task model's inputs of the module, X~ the merged model's (mixed with X when rho is fixed), D_i the delta of
-    adapter i in the coordinates of the layer's basis.
+    X are the task model's inputs of the module, X~ the merged model's (mixed with X when rho is fixed), D_i the delta
+    of adapter i in the coordinates of the layer's basis.
 
     Attributes:
         gram: (d, d) sum_i c_i lambda_i X~_i^T X~_i.

@@ -109,7 +109,7 @@ class Engine:
     def __post_init__(self) -> None:
         """Puts the adapters into the hooks of the task stream."""
         for name, module in self.modules.items():
-            weight = module.weight
+            weight = weight_view(module)
             pairs = [
                 None if f is None else (f.B.to(weight.device, weight.dtype), f.A.to(weight.device, weight.dtype))
                 for f in self.factors[name]
@@ -135,20 +135,15 @@ class Engine:
     def verify(self) -> float:
         """Largest relative difference of a module's merged inputs between the sweep and a replay; 0 is a fixed point.
 
-        The smallest batch of each task is replayed: every batch takes the same path through the modules, and inputs
-        that come back bit for bit in one of them come back in all.
+        The smallest batch is replayed: every batch takes the same path through the modules, so inputs that come back
+        bit for bit in one of them come back in all.
 
         Modules that run more than once a forward were solved on their first call alone, so nothing is known: infinity.
         """
         if not self.trace.is_feed_forward:
             return math.inf
         worst = 0.0
-        smallest: dict[int, int] = {}
-        for j, batch in enumerate(self.batches):
-            held = smallest.get(batch.task)
-            if held is None or len(batch.indices) < len(self.batches[held].indices):
-                smallest[batch.task] = j
-        sample = sorted(smallest.values())
+        sample = [min(range(len(self.batches)), key=lambda j: len(self.batches[j].indices))]
 
         def visitor(name: str, visits: list[Visit]) -> None:
             nonlocal worst
@@ -212,6 +207,9 @@ class Engine:
 
         def visitor(name: str, visits: list[Visit]) -> None:
             self._tell(f"iteration {k + 1}", name, len(images))
+            if self.trace.calls[name] > 1:
+                # The first calls wait for the last, and meanwhile the forward adds its deltas to their outputs in place.
+                visits = [Visit(v.worker, v.x.clone(), v.y.clone()) for v in visits]
             waiting.setdefault(name, []).extend(visits)
             if len(waiting[name]) == self.trace.calls[name] * len(self.batches):
                 # alpha and rho are searched until the merged stream has been seen once, then they stay.
@@ -268,7 +266,7 @@ class Engine:
     def _install(self, name: str, image: _Image) -> None:
         self._installed[name] = image
         self.merged[name] = image.pair
-        weight = self.modules[name].weight
+        weight = weight_view(self.modules[name])
         pair = self.merged[name].to(weight.dtype, weight.device)
         self._deltas[name].merged = (pair.B, pair.A)
 

@@ -32,7 +32,11 @@ class Features:
         self, modules: Mapping[str, nn.Module], deltas: Mapping[str, Deltas], trace: Trace, how: Collecting
     ) -> None:
         self._modules, self._deltas, self._trace, self._how = modules, deltas, trace, how
-        self.stop()
+        self._batches: Sequence[Batch] = ()
+        self._both = True
+        self._leader = ""
+        self._packed: list[tuple[Tensor, Tensor]] = []
+        self._sums: dict[tuple[int, int], Sums] = {}
 
     def start(self, batches: Sequence[Batch], both_streams: bool) -> None:
         """Before a walk: which batches stand behind the visits, and whether the merged stream runs."""
@@ -41,11 +45,7 @@ class Features:
 
     def stop(self) -> None:
         """After a walk: lets go of all activations."""
-        self._batches: Sequence[Batch] = ()
-        self._both = True
-        self._leader = ""
-        self._packed: list[tuple[Tensor, Tensor]] = []
-        self._sums: dict[tuple[int, int], Sums] = {}
+        self._batches, self._leader, self._packed, self._sums = (), "", [], {}
 
     def rows(self, name: str, visits: Sequence[Visit]) -> list[Rows]:
         """The rows of all batches, in their order."""
@@ -113,9 +113,9 @@ class Features:
         y = y[: y.shape[0] // (2 if self._both else 1)]
         output = cov_pack(y, mask, None, X.dtype)
         bias = getattr(self._modules[name], "bias", None)
-        if bias is not None:
-            output = output - bias.to(X.dtype)
         pair = self._deltas[name].tasks[self._batches[visit.worker].task]
+        # `y` itself goes on through the model: the first change makes a copy, the others work in it.
+        output = output.clone() if bias is None else output - bias.to(X.dtype)
         if pair is not None:
-            output = output + (X @ pair[1].to(X.dtype).mT) @ pair[0].to(X.dtype).mT
-        return float(output.square().sum(dtype=torch.float64))
+            output.addmm_(X @ pair[1].to(X.dtype).mT, pair[0].to(X.dtype).mT)
+        return float(torch.linalg.vector_norm(output)) ** 2

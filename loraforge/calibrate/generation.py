@@ -1,7 +1,7 @@
 """Decoder tokens for encoder-decoder models whose calibration data has none.
 
-Both streams must see the same tokens, or rows of X and X~ are not pairs. So each task model generates once, greedily, and
-its tokens are fixed for both streams from then on.
+Both streams must see the same tokens, or rows of X and X~ are not pairs. So each task model generates once, greedily,
+and its tokens are fixed for both streams from then on.
 """
 
 from __future__ import annotations

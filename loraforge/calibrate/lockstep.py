@@ -1,28 +1,25 @@
 """Many batches walk through one model in step, pausing together at every target module.
 
-Each calibration batch runs its forward in a thread of its own, but only one thread ever moves: a baton goes round. When
-a batch reaches a target module it stops there; when all have arrived, the whole calibration set's inputs of that module
-lie side by side, the visitor may solve for the module and install its merged delta, and the batches walk on. So one pass
-computes the layer-sequential fixed point for any model that forward hooks can see, without a list of its blocks.
+Each calibration batch runs its forward in a carrier of its own, and they take turns. When a batch reaches a target
+module it stops there; when all have arrived, the whole calibration set's inputs of that module lie side by side, the
+visitor may solve for the module and install its merged delta, and the batches walk on. So one pass computes the
+layer-sequential fixed point for any model that forward hooks can see, without a list of its blocks.
 
-A batch holds two streams as rows of one forward: the first half runs base + adapter i, the second half the merged model.
+A batch holds two streams as rows of one forward: the first half runs base + adapter i, the second half the merged
+model.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from loraforge.calibrate.carriers import Carrier, make_carrier
 from loraforge.calibrate.memory import share_one_heap
 from loraforge.errors import LoraforgeError
-
-
-class _Aborted(BaseException):
-    """Unwinds a paused forward; never leaves this file."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,19 +46,17 @@ class Deltas:
 
 
 Visitor = Callable[[str, list[Visit]], None]
+Make = Callable[[Callable[[], None]], Carrier]
 
 
-@dataclass(slots=True, eq=False)
-class _Worker:
-    index: int
-    task: int
-    inputs: Mapping[str, Tensor]
-    go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    at: str | None = None
-    visit: Visit | None = None
-    done: bool = False
-    error: BaseException | None = None
-    thread: threading.Thread | None = None
+class _Walker:
+    """One batch on its way: its carrier, and where it stands."""
+
+    def __init__(self, index: int, task: int, forward: Callable[[_Walker], None], make: Make) -> None:
+        self.index, self.task = index, task
+        self.carrier = make(lambda: forward(self))
+        self.visit: Visit | None = None
+        self.at: str | None = None
 
 
 class Lockstep:
@@ -73,6 +68,7 @@ class Lockstep:
         deltas: What the hooks add, by module name; the visitor may set `.merged` while the batches are stopped there.
         options: Further keyword arguments of the forward.
         both_streams: Run the merged stream beside the task stream.
+        make: Makes a carrier of a body.
     """
 
     def __init__(
@@ -83,12 +79,11 @@ class Lockstep:
         options: Mapping[str, object],
         *,
         both_streams: bool,
+        make: Make = make_carrier,
     ) -> None:
         self._model, self._modules, self._deltas, self._options = model, modules, deltas, options
-        self._both = both_streams
-        self._back = threading.Semaphore(0)
-        self._abort = False
-        self._local = threading.local()
+        self._both, self._make = both_streams, make
+        self._turn: _Walker | None = None
 
     def run(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], visitor: Visitor) -> None:
         """Walks all (task, inputs) batches through the model.
@@ -97,32 +92,40 @@ class Lockstep:
             LoraforgeError: Batches that disagree about which module comes next (data-dependent control flow).
         """
         share_one_heap()
-        workers = [_Worker(j, task, inputs) for j, (task, inputs) in enumerate(batches)]
+        self._inputs = [inputs for _, inputs in batches]
+        walkers = [_Walker(j, task, self._forward, self._make) for j, (task, _) in enumerate(batches)]
         handles = [m.register_forward_hook(self._hook(n), with_kwargs=True) for n, m in self._modules.items()]
-        try:
-            for worker in workers:
-                worker.thread = threading.Thread(target=self._forward, args=(worker,), daemon=True)
-                worker.thread.start()
-                self._advance(worker)
-            while not all(w.done for w in workers):
-                name = self._meeting_point(workers)
-                visitor(name, [w.visit for w in workers if w.visit is not None])
-                for worker in workers:
-                    self._advance(worker)
-        finally:
-            self._stop(workers)
-            for handle in handles:
-                handle.remove()
+        # Greenlets share one grad mode and leave their own blocks out of order: it is off around all of them, to the end.
+        with torch.no_grad():
+            try:
+                self._advance(walkers)
+                while not all(w.carrier.done for w in walkers):
+                    name = self._meeting_point(walkers)
+                    visitor(name, [w.visit for w in walkers if w.visit is not None])
+                    self._advance(walkers)
+            finally:
+                # No thread and no activation outlives the run.
+                for walker in walkers:
+                    walker.carrier.stop()
+                for handle in handles:
+                    handle.remove()
 
-    def _advance(self, worker: _Worker) -> None:
-        """Lets one batch walk to its next module (or to the end) and takes its error, if any."""
-        worker.go.release()
-        self._back.acquire()
-        if worker.error is not None:
-            raise worker.error
+    def _advance(self, walkers: Sequence[_Walker]) -> None:
+        """Lets every batch walk to its next module, or to the end."""
+        for walker in walkers:
+            self._turn = walker
+            walker.carrier.resume()
 
-    def _meeting_point(self, workers: Sequence[_Worker]) -> str:
-        places = {w.at for w in workers}
+    def _forward(self, walker: _Walker) -> None:
+        inputs = self._inputs[walker.index]
+        if self._both:
+            inputs = {key: torch.cat([value, value]) for key, value in inputs.items()}
+        with torch.no_grad():  # a thread has a grad mode of its own
+            self._model(**inputs, **self._options)
+        walker.at = None
+
+    def _meeting_point(self, walkers: Sequence[_Walker]) -> str:
+        places = {w.at for w in walkers}
         if len(places) != 1 or None in places:
             raise LoraforgeError(
                 "the batches do not run the same modules in the same order",
@@ -132,46 +135,15 @@ class Lockstep:
             )
         return str(places.pop())
 
-    def _stop(self, workers: Sequence[_Worker]) -> None:
-        """Unwinds every forward that is still paused, so that no thread and no activation outlives the run."""
-        self._abort = True
-        for worker in workers:
-            if worker.thread is not None and not worker.done:
-                worker.go.release()
-                self._back.acquire()
-        for worker in workers:
-            if worker.thread is not None:
-                worker.thread.join()
-
-    def _forward(self, worker: _Worker) -> None:
-        worker.go.acquire()
-        self._local.worker = worker
-        try:
-            if not self._abort:
-                inputs = worker.inputs
-                if self._both:
-                    inputs = {key: torch.cat([value, value]) for key, value in inputs.items()}
-                with torch.no_grad():  # grad mode is per thread
-                    self._model(**inputs, **self._options)
-        except _Aborted:
-            pass
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
-            worker.error = error
-        finally:
-            worker.done, worker.at, worker.visit = True, None, None
-            self._back.release()
-
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
-            worker: _Worker = self._local.worker
+            walker = self._turn
+            assert walker is not None  # hooks run inside a turn only
             x = args[0] if args else next(iter(kwargs.values()))
-            worker.at, worker.visit = name, Visit(worker.index, x, y)
-            self._back.release()
-            worker.go.acquire()
-            worker.visit = None
-            if self._abort:
-                raise _Aborted
-            return self._with_deltas(name, worker.task, x, y)
+            walker.at, walker.visit = name, Visit(walker.index, x, y)
+            walker.carrier.pause()
+            walker.visit = None
+            return self._with_deltas(name, walker.task, x, y)
 
         return hook
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Weighting:
 
     sigma: float
     min_ess: float
-    kernel: str
+    kernel: Literal["gaussian", "excess"]
     mad_consistent: bool
 
 

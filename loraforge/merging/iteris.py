@@ -164,7 +164,9 @@ def _normalised(v: Tensor, by: str, direction: str) -> Tensor:
     if float(total) <= 0.0:
         return torch.zeros_like(v)
     share = 1.0 - v / total if direction == "inverse" else v / total
-    return share / {"mean": share.mean(), "sum": 1.0, "max": share.max()}[by]
+    if by == "sum":
+        return share
+    return share / (share.mean() if by == "mean" else share.max())
 
 
 def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) -> Choices:

@@ -37,7 +37,7 @@ class IterisParams:
     )
     with_pretrain_matrix: int = _param(1, "0: the delta is solved for; 1: the full weight, then cut to rank R", (0, 1))
     lambda_weight: str = _param(
-        "none", "task weight: ||W_i||^2 / ||X_i W_i^T||^2 of the full weight or of the delta", ("full", "delta", "none")
+        "full", "task weight: ||W_i||^2 / ||X_i W_i^T||^2 of the full weight or of the delta", ("full", "delta", "none")
     )
     manual_ceof: tuple[float, ...] | None = _param(None, "c_i, one an adapter (the same as --weights)")
     alpha_1: float | Auto = _param(
@@ -71,7 +71,7 @@ class IterisParams:
     use_dcs: bool = _param(False, "weights on samples by the variance of the adapters' outputs")
     dcs_sigma: float = _param(1.0, "factor on the MAD", low=0)
     dcs_min_ess: float = _param(0.25, "floor of the effective sample size as a share; 0 is the literal formula", low=0)
-    dcs_kernel: str = _param(
+    dcs_kernel: Literal["gaussian", "excess"] = _param(
         "gaussian", "exp(-V/sigma^2), or the unit-free excess over the median", ("gaussian", "excess")
     )
     dcs_mad_consistent: bool = _param(False, "multiply the MAD by 1.4826")
@@ -107,7 +107,7 @@ class IterisParams:
                 got=f"alpha_1={self.alpha_1}, alpha_2={self.alpha_2}",
                 expected="both auto or both numbers",
             )
-        if isinstance(self.reg_ceof, float) and self.reg_ceof > 1:
+        if self.reg_ceof != "auto" and self.reg_ceof > 1:
             raise UsageError("reg_ceof is a share", got=self.reg_ceof, expected="auto or a number in [0, 1]")
         if self.dcs_min_ess > 1:
             raise UsageError("dcs_min_ess is a share", got=self.dcs_min_ess, expected="a number in [0, 1]")
@@ -136,13 +136,22 @@ def _check(f: dataclasses.Field[Any], value: Any) -> None:
             got=repr(value),
             expected=" | ".join(map(str, choices)),
         )
-    if "Auto" in str(f.type) and isinstance(value, str) and value != "auto":
-        raise UsageError(f"parameter '{f.name}' must be a number or auto", got=repr(value))
-    if "bool" in str(f.type) and not isinstance(value, bool):
+    kind = str(f.type)
+    if kind == "bool" and not isinstance(value, bool):
         raise UsageError(f"parameter '{f.name}' must be true or false", got=repr(value))
+    if (value is None and "None" in kind) or (value == "auto" and "Auto" in kind):
+        return
+    if f.name == "manual_ceof" and not (isinstance(value, list | tuple) and all(_is_number(v) for v in value)):
+        raise UsageError(f"parameter '{f.name}' must be a list of numbers", got=repr(value))
     low = f.metadata.get("low")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value) or (low is not None and value < low):
-            raise UsageError(f"parameter '{f.name}' is out of range", got=value, expected=f"a number >= {low}")
-    elif low is not None and value is not None and value != "auto":
-        raise UsageError(f"parameter '{f.name}' must be a number", got=repr(value))
+    if low is None:
+        return
+    if not _is_number(value) or (kind == "int" and not isinstance(value, int)):
+        wanted = "a whole number" if kind == "int" else "a number or auto" if "Auto" in kind else "a number"
+        raise UsageError(f"parameter '{f.name}' must be {wanted}", got=repr(value))
+    if not math.isfinite(value) or value < low:
+        raise UsageError(f"parameter '{f.name}' is out of range", got=value, expected=f"a number >= {low}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -59,7 +59,7 @@ def plan_calibrated(job: Job, batches: Sequence[Batch]) -> dict[str, Any]:
 
 
 def _rows(job: Job) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for module in job.modules:
         infos = [a.info(module) for a in job.adapters if module in a.modules_set]
         m, n = infos[0].m, infos[0].n
@@ -74,16 +74,17 @@ def _rows(job: Job) -> list[dict[str, Any]]:
             rank = max(rank, job.rule.min_rank)
         if job.rule.max_rank is not None:
             rank = min(rank, job.rule.max_rank)
+        lossless = total
         if job.row.needs == "calibration":
             # Solved in an orthonormal basis of the columns of all B_i, or dense and then cut.
-            total = min(total, m) if job.params.with_pretrain_matrix == 0 else min(total, m, n)
+            lossless = min(total, m) if job.params.with_pretrain_matrix == 0 else min(total, m, n)
         rows.append(
             {
                 "module": module,
                 "shape": [m, n],
                 "ranks": [i.rank for i in infos],
                 "total_rank": total,
-                "rank_out": min(rank, total, m, n) if cut else total,
+                "rank_out": min(rank, total, m, n) if cut else lossless,
                 "at_most": job.rule.energy is not None,
             }
         )

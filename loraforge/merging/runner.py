@@ -247,7 +247,10 @@ def _weights(row: MethodRow, params: Any, weights: Sequence[float] | None, count
         raise LoraforgeError(
             "the number of weights is wrong", got=f"{len(chosen)} weights", expected=f"{count}, one an adapter"
         )
-    values = [float(w) for w in chosen]
+    try:
+        values = [float(w) for w in chosen]
+    except (TypeError, ValueError) as error:
+        raise UsageError("a weight is not a number", got=repr(chosen), expected="one number an adapter") from error
     if not all(w == w and abs(w) != float("inf") for w in values):
         raise LoraforgeError("a weight is not finite", got=values, expected="finite numbers")
     return values

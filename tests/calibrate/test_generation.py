@@ -47,9 +47,7 @@ def batch(**decoder: Tensor) -> Batch:
 
 def complete(says: list[list[int]], collect: str = "teacher-forced", made: Batch | None = None, **fields: Any):
     model = Speaker(says)
-    (found,) = complete_batches(
-        model, config(**fields), {}, {}, [made or batch()], collect=collect, max_new_tokens=7
-    )
+    (found,) = complete_batches(model, config(**fields), {}, {}, [made or batch()], collect=collect, max_new_tokens=7)
     return found, model
 
 

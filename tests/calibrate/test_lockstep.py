@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraforge.calibrate import lockstep
+from loraforge.calibrate.carriers import GreenletCarrier, ThreadCarrier, make_carrier
 from loraforge.calibrate.lockstep import Deltas, Lockstep, Visit
 from loraforge.errors import LoraforgeError
 
@@ -49,16 +51,27 @@ def pair(seed: int) -> tuple[Tensor, Tensor]:
 def walk_of(net: Net, *, both: bool = True, **options: object) -> tuple[Lockstep, dict[str, Deltas]]:
     modules = {"first": net.first, "second": net.second}
     deltas = {name: Deltas([pair(2 * i), pair(2 * i + 1)]) for i, name in enumerate(modules)}
-    return Lockstep(net, modules, deltas, options, both_streams=both), deltas
+    return Lockstep(net, modules, deltas, options, both_streams=both, make=lockstep.make_carrier), deltas
 
 
 @contextmanager
 def nothing_left(net: Net) -> Iterator[None]:
-    """No thread and no hook more than before."""
+    """No thread and no hook more than before, and gradients as they were."""
     before = set(threading.enumerate())
+    assert torch.is_grad_enabled()
     yield
     assert set(threading.enumerate()) == before
     assert not any(m._forward_hooks for m in net.modules())
+    assert torch.is_grad_enabled()
+
+
+@pytest.fixture(autouse=True, params=[GreenletCarrier, ThreadCarrier], ids=["greenlets", "threads"])
+def carrier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Every test runs in both kinds of carrier."""
+    if request.param is GreenletCarrier:
+        pytest.importorskip("greenlet")
+    monkeypatch.setattr(lockstep, "make_carrier", request.param)
+    return request.param
 
 
 def ignore(name: str, visits: list[Visit]) -> None:
@@ -222,3 +235,18 @@ def test_no_batch_at_all() -> None:
     with nothing_left(net):
         walk_of(net)[0].run([], ignore)
     assert net.seen == []
+
+
+def test_greenlets_are_taken_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("greenlet")
+    assert isinstance(make_carrier(lambda: None), GreenletCarrier)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert isinstance(make_carrier(lambda: None), ThreadCarrier)
+
+
+def test_a_carrier_that_was_never_resumed_stops_without_running(carrier: type) -> None:
+    ran = []
+    fresh = carrier(lambda: ran.append(1))
+    fresh.stop()
+    fresh.stop()
+    assert fresh.done and ran == []

@@ -32,7 +32,9 @@ def contraction(seed: int, size: int = 12, rho: float = 0.9):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_recorded_steps(dtype: torch.dtype, tolerance: float) -> None:
     mixer = AndersonMixer(SETTINGS["anderson_history"], SETTINGS["anderson_reg"], SETTINGS["anderson_reg_mode"], 0.0)
-    steps = zip(states("anderson_w", dtype), states("anderson_g", dtype), states("anderson_next_m5_abs1e_6"), strict=True)
+    steps = zip(
+        states("anderson_w", dtype), states("anderson_g", dtype), states("anderson_next_m5_abs1e_6"), strict=True
+    )
     for w, g, want in steps:
         got = mixer.step(w, g)
         assert got.dtype == dtype

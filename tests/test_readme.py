@@ -1,0 +1,112 @@
+"""README's commands run, its table is the program's, and its figures are those of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from loraforge.cli.app import app
+from loraforge.merging.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORDS = ["[PAD]", "[UNK]", *"the a cat dog sat ran on under mat tree fast slow happy sad is was".split()]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def between(marker: str) -> str:
+    return re.search(rf"<!-- {marker}:start -->\n(.*?)<!-- {marker}:end -->", README, re.DOTALL).group(1).strip()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What README's commands expect: base, loras/a, loras/b, a.jsonl, b.jsonl."""
+    folder = tmp_path_factory.mktemp("desk")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes))
+    base.save_pretrained(str(folder / "base"))
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(str(folder / "base"))
+    g = torch.Generator().manual_seed(1)
+    for name in ("a", "b"):
+        fresh = BertModel.from_pretrained(str(folder / "base"), local_files_only=True)
+        fresh.name_or_path = "base"
+        model = peft.get_peft_model(fresh, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]))
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.2, generator=g)
+        model.save_pretrained(str(folder / "loras" / name))
+        picks = torch.randint(2, len(WORDS), (40, 8), generator=g).tolist()
+        rows = [json.dumps({"text": " ".join(WORDS[i] for i in row)}) for row in picks]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("line", [row for block in blocks("sh") for row in block.strip().splitlines()])
+def test_commands_run(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    program, *arguments = shlex.split(line)
+    assert program == "loraforge"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    if "--out" in arguments:
+        assert (desk / arguments[arguments.index("--out") + 1] / "adapter_model.safetensors").is_file()
+
+
+def test_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (desk / "merged-python" / "adapter_config.json").is_file()
+
+
+def test_method_table_is_the_programs() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)
+    assert rows == list(METHODS)
+
+
+def test_emotion_table_is_the_stored_one() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "real" / "emotion.py"), "--table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    stored = [row for row in printed.splitlines() if row.startswith("|")]
+    shown = [row for row in between("emotion-table").splitlines() if row.startswith("|")]
+    assert len(stored) > 10
+    assert shown == stored
+
+
+@pytest.mark.parametrize("name", ["iteris-against-loop", "merge-factored"])
+def test_speed_figures_are_the_stored_ones(name: str) -> None:
+    """Every figure of the speed section that names a results file is in it, rounded as shown."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    shown = [row for row in between("speed-table").splitlines() if f"({name})" in row]
+    assert shown, name
+    for row in shown:
+        path, figure = re.search(r"<!-- ([^ ]+) -->\s*\|?\s*\**([0-9.]+)", row).groups()  # type: ignore[union-attr]
+        value = stored
+        for key in path.split("/"):
+            value = value[key.replace("~", " ")]
+        digits = len(figure.partition(".")[2])
+        assert float(figure) == pytest.approx(round(float(value), digits), abs=10**-digits), row
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
