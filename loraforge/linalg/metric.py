@@ -22,11 +22,14 @@ def left_subspace(state: Tensor, L: Tensor | None) -> tuple[Tensor, Tensor]:
         approximation S' of the state, least || (S - S') L ||_F, is U_k (U_k^T S).
     """
     M = state if L is None else state @ L
-    q = min(M.shape)
     if M.shape[0] <= _SVD_ROWS:
         U, S, _ = torch.linalg.svd(M, full_matrices=False)
-    else:
+    elif M.shape[0] <= M.shape[1]:
         values, vectors = torch.linalg.eigh(M @ M.mT)
-        U, S = vectors.flip(1)[:, :q], values.flip(0)[:q].clamp_min(0.0).sqrt()
+        U, S = vectors.flip(1), values.flip(0).clamp_min(0.0).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(M.mT @ M)
+        # The columns of M V are orthogonal and in falling order: QR keeps their directions, also of the smallest.
+        U, S = torch.linalg.qr(M @ vectors.flip(1)).Q, values.flip(0).clamp_min(0.0).sqrt()
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))
     return U * torch.where(largest < 0, -1.0, 1.0), S

@@ -1,0 +1,163 @@
+"""Which rows of a module's input count, which modules share them, and how large the task model's output is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraforge.calibrate.batches import Batch
+from loraforge.calibrate.features import Features
+from loraforge.calibrate.lockstep import Deltas, Visit
+from loraforge.calibrate.trace import Trace
+from loraforge.calibrate.weights import Collecting, Weighting
+from loraforge.errors import LoraforgeError
+
+D, M = 5, 3
+# Two batches: task 0, samples of 3 and 2 tokens; task 1, one sample of 4. The decoder reads two tokens of each sample.
+MASKS = [torch.tensor([[1, 1, 1], [1, 1, 0]]).bool(), torch.tensor([[1, 1, 0, 1]]).bool()]
+DECODER = [torch.tensor([[1, 1], [1, 0]]).bool(), torch.tensor([[1, 1]]).bool()]
+BATCHES = [Batch(i, i % 2, {}, MASKS[i], DECODER[i], tuple(range(len(MASKS[i])))) for i in range(2)]
+
+
+def how(**changes: Any) -> Collecting:
+    known: dict[str, Any] = {
+        "coefficients": [1.0, 1.0], "folds": 2, "lambda_weight": "none", "rho": 0.0, "full_weight": False,
+        "target_merged": False, "exact_cross_norm": False, "offdiag": 1.0, "weighting": None,
+    }  # fmt: skip
+    return Collecting(**{**known, **changes})
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+class Scene:
+    """q and k are fed by one tensor, o by another, `deep` runs twice, `top` reads the decoder's tokens."""
+
+    def __init__(self, both: bool = True, **changes: Any) -> None:
+        names = ("q", "k", "o", "deep", "top")
+        self.modules = {n: nn.Linear(D, M).double() for n in names}
+        self.deltas = {n: Deltas([(draw(M, 2, seed=1), draw(2, D, seed=2)), None]) for n in names}
+        leaders = {n: "q" if n == "k" else n for n in names}
+        axis = dict.fromkeys(names, "encoder") | {"top": "decoder", "o": "all"}
+        trace = Trace(names, {n: 2 if n == "deep" else 1 for n in names}, leaders, axis)
+        self.features = Features(self.modules, self.deltas, trace, how(**changes))
+        self.features.start(BATCHES, both)
+        self.both = both
+
+    def visits(self, masks: list[Tensor] = MASKS, dtype: torch.dtype = torch.float64, seed: int = 3) -> list[Visit]:
+        found = []
+        for i, mask in enumerate(masks):
+            x = draw((2 if self.both else 1) * len(mask), mask.shape[1], D, seed=seed + i, dtype=dtype)
+            found.append(Visit(i, x, x.new_zeros(*x.shape[:-1], M)))
+        return found
+
+
+def test_padding_is_taken_out_of_both_streams() -> None:
+    scene = Scene()
+    visits = scene.visits()
+    for visit, mask, (X, Xm) in zip(visits, MASKS, scene.features.pack("q", visits), strict=True):
+        half = len(mask)
+        assert torch.equal(X, visit.x[:half][mask]) and torch.equal(Xm, visit.x[half:][mask])
+
+
+def test_the_decoders_tokens_have_their_own_mask() -> None:
+    scene = Scene()
+    visits = scene.visits(DECODER)
+    X, Xm = scene.features.pack("top", visits)[0]
+    assert torch.equal(X, visits[0].x[:2][DECODER[0]]) and torch.equal(Xm, visits[0].x[2:][DECODER[0]])
+
+
+def test_without_an_axis_every_row_counts() -> None:
+    scene = Scene()
+    visits = scene.visits([torch.ones(2, 7), torch.ones(1, 6)])
+    X, Xm = scene.features.pack("o", visits)[0]
+    assert torch.equal(X, visits[0].x[:2].reshape(-1, D)) and torch.equal(Xm, visits[0].x[2:].reshape(-1, D))
+
+
+def test_the_task_stream_alone_is_one_tensor() -> None:
+    """X~ = X is said by identity: the Gram is then computed once."""
+    scene = Scene(both=False)
+    visits = scene.visits()
+    for (X, Xm), visit, mask in zip(scene.features.pack("q", visits), visits, MASKS, strict=True):
+        assert Xm is X and torch.equal(X, visit.x[mask])
+
+
+@pytest.mark.parametrize("rho", [0.25, 1.0])
+def test_a_fixed_rho_mixes_the_streams(rho: float) -> None:
+    plain, mixed = Scene(), Scene(rho=rho)
+    for (X, Xm), (Y, Ym) in zip(
+        plain.features.pack("q", plain.visits()), mixed.features.pack("q", mixed.visits()), strict=True
+    ):
+        assert torch.equal(X, Y)
+        torch.testing.assert_close(Ym, (1 - rho) * Xm + rho * X)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_rows_are_float32_or_float64(dtype: torch.dtype, wide: torch.dtype) -> None:
+    scene = Scene()
+    visits = scene.visits(dtype=dtype)
+    X, _ = scene.features.pack("q", visits)[0]
+    assert X.dtype == wide and torch.equal(X, visits[0].x[:2][MASKS[0]].to(wide))
+
+
+def test_modules_with_one_input_share_rows_and_grams() -> None:
+    scene = Scene()
+    visits, other = scene.visits(), scene.visits(seed=9)
+    rows, grams = scene.features.pack("q", visits), scene.features.shared("q")
+    assert grams == {} and scene.features.pack("k", visits) is rows
+    assert scene.features.shared("k") is grams
+    assert scene.features.pack("o", other[:0]) == [] and scene.features.shared("o") is None, "o feeds no other"
+    assert scene.features.pack("q", other) is not rows and scene.features.shared("q") is not grams
+
+
+def test_what_is_never_shared() -> None:
+    weighted = Scene(weighting=Weighting(1.0, 0.25, "gaussian", False))
+    weighted.features.pack("q", weighted.visits())
+    assert weighted.features.shared("q") is None, "sample weights differ by module"
+    scene = Scene()
+    first = scene.features.pack("deep", scene.visits())
+    assert scene.features.pack("deep", scene.visits(seed=9)) is not first, "each call has inputs of its own"
+    assert scene.features.shared("deep") is None
+
+
+def test_nothing_is_held_after_a_walk() -> None:
+    scene = Scene()
+    rows = scene.features.pack("q", scene.visits())
+    scene.features.stop()
+    scene.features.start(BATCHES, True)
+    assert scene.features.pack("k", scene.visits()) is not rows
+
+
+def test_rows_that_cannot_be_told_from_padding() -> None:
+    scene = Scene()
+    with pytest.raises(LoraforgeError, match="told from padding") as caught:
+        scene.features.pack("q", scene.visits([torch.ones(2, 4), torch.ones(1, 4)]))
+    assert caught.value.where == "q" and "8 rows" in str(caught.value.got) and "(2, 3)" in str(caught.value.got)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_energy_of_the_task_models_output(both: bool, bias: bool) -> None:
+    """||X W_i^T||^2 with W_i = W0 + delta_i: the bias is no part of it, and neither is the merged stream."""
+    scene = Scene(both, lambda_weight="full")
+    module = scene.modules["q"]
+    module.bias = nn.Parameter(draw(M, seed=8)) if bias else None
+    module.requires_grad_(False)
+    visits = scene.visits()
+    for visit in visits:
+        visit.y = module(visit.x)
+    found = scene.features.rows("q", visits)
+    assert [(r.task, r.fold) for r in found] == [(0, 0), (1, 1)]
+    for task, row in enumerate(found):
+        pair = scene.deltas["q"].tasks[task]
+        W = module.weight if pair is None else module.weight + pair[0] @ pair[1]
+        assert row.out_sq == pytest.approx(float((row.X @ W.mT).square().sum()), rel=1e-12)
+    assert all(r.out_sq == 0.0 for r in Scene(both).features.rows("q", Scene(both).visits())), "not asked for"
