@@ -25,7 +25,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest -q --benchmark-only --benchmark-disable-gc benchmarks
+	$(BIN)/python -m pytest -q -o addopts= --benchmark-only --benchmark-disable-gc benchmarks/bench_kernels.py
 	$(BIN)/python -m benchmarks.merge_factored
 	$(BIN)/python -m benchmarks.iteris_against_loop
 

@@ -6,20 +6,40 @@ import datetime
 import os
 import platform
 import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Short commit of the repository, with a mark if files differ from it; 'none' outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "loraforge", "csrc")
+    return f"{head}{'+changes' if changed else ''}" if head else "none"
 
 
 def describe() -> dict[str, object]:
     """Machine, commit, date and versions of a results file."""
     import torch
 
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "machine": f"{model}, {os.cpu_count()} cores",
-        "system": f"{platform.system()} {platform.machine()}",
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
     }

@@ -5,21 +5,17 @@ weights .5/.5, k = r, factor columns decaying as i^-1/2. One thread, process CPU
 turn, medians. The dense forms take seconds a layer, so they run on a few layers and are scaled; the JSON says which.
 PEFT `cat` cuts nothing (its result has rank 2r); it stands for the least that a merge through a model costs.
 
-    OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python benchmarks/merge_factored.py
+    OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m benchmarks.merge_factored
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.machine import describe
 from loraforge.linalg.factored import stack, truncate_many
 from loraforge.linalg.rank import RankRule
 from loraforge.types import LowRank
@@ -178,24 +175,6 @@ def measure(rank: int, repeats: int, dense_layers: int, dense_repeats: int) -> d
     }
 
 
-def machine() -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": commit if len(commit) == 40 else None,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "peft": version("peft"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
@@ -209,7 +188,7 @@ def main() -> None:
     results = {f"r={rank}": measure(rank, args.repeats, args.dense_layers, args.dense_repeats) for rank in args.ranks}
     report = {
         "what": "median process CPU time, one thread; dense forms run on `layers_measured` layers, scaled to 28",
-        "machine": machine(),
+        "machine": {**describe(), "peft": version("peft")},
         "results": results,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

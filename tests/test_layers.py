@@ -108,11 +108,11 @@ def test_cheap_imports_do_not_load_torch(command):
 
 
 def test_no_broad_except():
-    """`except Exception` hides bugs; the one BaseException hands a worker thread's error to its caller."""
+    """`except Exception` hides bugs; a carrier hands its error on, and the CLI's outermost frame reports it."""
     for path in files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
                 caught = ast.unparse(node.type) if node.type is not None else ""
                 reraises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
-                allowed = path.name == "lockstep.py" or reraises
+                allowed = path.name == "carriers.py" or path.parent.name == "cli" or reraises
                 assert caught not in {"", "Exception", "BaseException"} or allowed, f"{path}:{node.lineno}"

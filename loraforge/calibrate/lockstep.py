@@ -95,7 +95,7 @@ class Lockstep:
         self._inputs = [inputs for _, inputs in batches]
         walkers = [_Walker(j, task, self._forward, self._make) for j, (task, _) in enumerate(batches)]
         handles = [m.register_forward_hook(self._hook(n), with_kwargs=True) for n, m in self._modules.items()]
-        # Greenlets share one grad mode and leave their own blocks out of order: it is off around all of them, to the end.
+        # Greenlets share one grad mode and leave their own blocks out of order: it is off around all of this.
         with torch.no_grad():
             try:
                 self._advance(walkers)

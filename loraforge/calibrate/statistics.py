@@ -76,23 +76,8 @@ def collect_stats(
     folds = [_empty_fold(d, p, how, rows[0].X.device) for _ in range(how.folds)]
     totals = []
     for task, (pair, coefficient) in enumerate(zip(pairs, coefficients, strict=True)):
-        total = Sums(torch.zeros_like(folds[0].gram), torch.zeros_like(folds[0].gram), None)
-        for fold, stats in enumerate(folds):
-            mine = [r for r in weighted if r.task == task and r.fold == fold]
-            if not mine:
-                continue
-            sums = shared.get((task, fold)) if shared is not None else None
-            if sums is None:
-                sums = _sums(mine, d, how)
-            if shared is not None:
-                shared[task, fold] = sums
-            _add(stats, sums, mine, pair, coefficient)
-            total.gram += sums.gram
-            if how.exact_cross_norm and sums.cross is not None and total.cross is not None:
-                total.cross += sums.cross
-        norm = float(total.gram.norm())
-        cross = float(total.cross.norm()) if how.exact_cross_norm and total.cross is not None else norm
-        totals.append(_TaskTotals(norm, cross, total.gram.diagonal().clone()))
+        mine = [r for r in weighted if r.task == task]
+        totals.append(_collect_task(task, mine, pair, coefficient, folds, how, shared))
     for fold, stats in enumerate(folds):
         stats.share = sum(r.X.shape[0] for r in rows if r.fold == fold) / sum(r.X.shape[0] for r in rows)
     return LayerStats(
@@ -111,6 +96,35 @@ def collect_stats(
         weighting=weighting_report(weighting),
         rank=layer.rank,
     )
+
+
+def _collect_task(
+    task: int,
+    rows: Sequence[Rows],
+    pair: tuple[Tensor, Tensor] | None,
+    coefficient: float,
+    folds: Sequence[FoldStats],
+    how: Collecting,
+    shared: dict[tuple[int, int], Sums] | None,
+) -> _TaskTotals:
+    """Adds one task's rows to the folds; what scales its regulariser comes back."""
+    gram = torch.zeros_like(folds[0].gram)
+    cross = torch.zeros_like(gram) if how.exact_cross_norm else None
+    for fold, stats in enumerate(folds):
+        mine = [r for r in rows if r.fold == fold]
+        if not mine:
+            continue
+        sums = shared.get((task, fold)) if shared is not None else None
+        if sums is None:
+            sums = _sums(mine, gram.shape[0], how)
+        if shared is not None:
+            shared[task, fold] = sums
+        _add(stats, sums, mine, pair, coefficient)
+        gram += sums.gram
+        if cross is not None and sums.cross is not None:
+            cross += sums.cross
+    norm = float(gram.norm())
+    return _TaskTotals(norm, norm if cross is None else float(cross.norm()), gram.diagonal().clone())
 
 
 def _project(basis: Tensor | None, factors: LowRank | None) -> tuple[Tensor, Tensor] | None:

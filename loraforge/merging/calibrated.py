@@ -64,6 +64,12 @@ def merge_calibrated(
             expected="--base MODEL_DIR",
             hint="methods without base and calibration: weighted-average, task-arithmetic, svd, concat",
         )
+    if min(job.weights) < 0 or not any(job.weights):
+        raise LoraforgeError(
+            "calibrated methods need coefficients that are not negative, and one that is positive",
+            got=", ".join(f"{w:g}" for w in job.weights),
+            hint="a negative weight has a meaning for sums only: use task-arithmetic",
+        )
     sources = _sources(job, calibration)
     with job.phase("load base"):
         shapes = {m: next((a.info(m).m, a.info(m).n) for a in job.adapters if m in a.modules_set) for m in job.modules}
@@ -144,7 +150,7 @@ def _run(job: Job, engine: Engine, params: IterisParams) -> dict[str, Any]:
 
 
 def collecting(params: IterisParams, coefficients: Sequence[float], *, only_present: bool = False) -> Collecting:
-    """What the engine has to collect for these parameters; with `only_present` adapters count where they have a module."""
+    """What the engine has to collect; with `only_present` an adapter that lacks a module has no say there."""
     weighting = Weighting(params.dcs_sigma, params.dcs_min_ess, params.dcs_kernel, params.dcs_mad_consistent)
     return Collecting(
         coefficients=coefficients,

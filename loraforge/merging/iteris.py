@@ -54,6 +54,8 @@ def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None
         choices = _choose(stats, params, report) if params.searches else (None, None)
     total = _sum_folds(stats.folds)
     state, factor = _solve(stats, total, params, choices)
+    if not any(stats.gram_norms):
+        state = _mean_of_adapters(stats)  # the limit of a vanishing input
     left = None
     if stats.base_weight is not None:
         # The full-weight solution is dense: its best update of rank R in the metric of the outputs is what counts.
@@ -219,7 +221,8 @@ def _sketch(stats: LayerStats) -> LayerStats:
 def _mean_of_adapters(stats: LayerStats) -> Tensor:
     """(p, d) mean of the adapters' deltas, weighted as the regulariser's prior is: the limit of a large alpha."""
     ones = torch.ones_like(stats.variances[0])
-    norms = [n * ones for n in stats.gram_norms]
+    # Where no feature ever fires all norms are 0, and the coefficients alone weigh the mean.
+    norms = [n * ones for n in stats.gram_norms] if any(stats.gram_norms) else [ones] * len(stats.pairs)
     total = _weighted_sum(stats, norms)
     return _prior_target(stats, norms) / torch.where(total == 0, 1.0, total)
 

@@ -71,6 +71,8 @@ class Job:
     def layer(self, module: str) -> LayerInputs:
         """The inputs of one module with its weights resolved."""
         factors = self.load(module)
-        count = sum(f is not None for f in factors)
-        share = len(factors) / count if self.on_missing == "present" and self.row.default_weight == "mean" else 1.0
+        share = 1.0
+        if self.on_missing == "present" and self.row.default_weight == "mean":
+            present = sum(w for w, f in zip(self.weights, factors, strict=True) if f is not None)
+            share = sum(self.weights) / present if present else 1.0
         return LayerInputs(module, factors, [w * share for w in self.weights])

@@ -83,6 +83,15 @@ _ITERIS = {
     "function": "loraforge.merging.iteris:solve_layer",
     "output": "R = sum r_i",
 }
+# The published methods: fixed small regularisation, the delta as target, none of IterIS++'s additions.
+_PLAIN: dict[str, Any] = {
+    "use_mats": False,
+    "use_camr": False,
+    "use_dcs": False,
+    "reg_ceof": 0.0,
+    "with_pretrain_matrix": 0,
+}
+_REGMEAN = _PLAIN | {"alpha_1": 1e-6, "alpha_2": 1e-6, "lambda_weight": "none"}
 _NO_PARAMS = "loraforge.merging.methods:NoParams"
 
 
@@ -97,7 +106,6 @@ _ROWS: tuple[MethodRow, ...] = (
         title="align merged outputs with each adapter's, one sweep",
         cost="2 forwards + S d^2 + d^3/3",
         paper="IterIS++: IterIS (arXiv 2411.15231) with MATS, CAMR, DCS",
-        defaults={},
         **_ITERIS,  # type: ignore[arg-type]
     ),
     MethodRow(
@@ -105,17 +113,7 @@ _ROWS: tuple[MethodRow, ...] = (
         title="iterative inference-solving alignment, plain iteration",
         cost="max_iter x (2 forwards + S d^2 + d^3/3)",
         paper="Chen et al., CVPR 2025, arXiv 2411.15231",
-        defaults={
-            "init": "adapters",
-            "use_mats": False,
-            "use_camr": False,
-            "use_dcs": False,
-            "alpha_1": 1e-7,
-            "alpha_2": 1e-7,
-            "reg_ceof": 0.0,
-            "lambda_weight": "full",
-            "with_pretrain_matrix": 0,
-        },
+        defaults=_PLAIN | {"init": "adapters", "alpha_1": 1e-7, "alpha_2": 1e-7, "lambda_weight": "full"},
         **_ITERIS,  # type: ignore[arg-type]
     ),
     MethodRow(
@@ -123,18 +121,7 @@ _ROWS: tuple[MethodRow, ...] = (
         title="least squares on each adapter's own activations",
         cost="1 forward + S d^2 + d^3/3",
         paper="Jin et al., ICLR 2023, arXiv 2212.09849",
-        defaults={
-            "init": "adapters",
-            "max_iter": 1,
-            "use_mats": False,
-            "use_camr": False,
-            "use_dcs": False,
-            "alpha_1": 1e-6,
-            "alpha_2": 1e-6,
-            "reg_ceof": 0.0,
-            "lambda_weight": "none",
-            "with_pretrain_matrix": 0,
-        },
+        defaults=_REGMEAN | {"init": "adapters", "max_iter": 1},
         **_ITERIS,  # type: ignore[arg-type]
     ),
     MethodRow(
@@ -142,17 +129,7 @@ _ROWS: tuple[MethodRow, ...] = (
         title="RegMean on the merged model's own activations, in order",
         cost="1 forward + S d^2 + d^3/3",
         paper="RegMean++, arXiv 2508.03121",
-        defaults={
-            "target": "merged",
-            "use_mats": False,
-            "use_camr": False,
-            "use_dcs": False,
-            "alpha_1": 1e-6,
-            "alpha_2": 1e-6,
-            "reg_ceof": 0.0,
-            "lambda_weight": "none",
-            "with_pretrain_matrix": 0,
-        },
+        defaults=_REGMEAN | {"target": "merged"},
         **_ITERIS,  # type: ignore[arg-type]
     ),
     MethodRow(

@@ -51,10 +51,14 @@ class MergeResult:
         """
         if format != "peft":
             raise UsageError("unknown output format", got=format, expected="peft")
-        self.report["out"] = os.fspath(out)
 
         def account(written: WriteReport) -> dict[str, Any]:
-            self.report |= {"dtype": written.dtype, "rounding": written.rounding, "bytes": written.bytes}
+            self.report |= {
+                "out": os.fspath(out),
+                "dtype": written.dtype,
+                "rounding": written.rounding,
+                "bytes": written.bytes,
+            }
             return self.report
 
         writer = AdapterWriter(

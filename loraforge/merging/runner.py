@@ -70,7 +70,7 @@ def merge(
         min_rank: Lower clamp of the rank.
         max_rank: Upper clamp of the rank.
         uniform_rank: Pad every module with zeros to one rank, for consumers that read a single scale.
-        dtype: Dtype of the written factors: auto (that of the adapters), float32, bfloat16 or float16.
+        dtype: Dtype of the written factors: auto (that of the adapters), float32, bfloat16, float16 or float64.
         device: auto, cpu, cuda or cuda:i.
         seed: Seed of every random draw.
         base: Base model (folder, id in the local cache, or a module); calibrated methods only.
@@ -139,6 +139,8 @@ def merge(
     if uniform_rank and merged:
         widest = max(pair.rank for pair in merged.values())
         merged = {name: pad(pair, widest) for name, pair in merged.items()}
+        for layer in layers:
+            layer["rank"] = widest
     report = _report(job, merged, layers, seed, time.perf_counter() - started) | extra
     return MergeResult(merged, report, opened, heads, target)
 
@@ -158,7 +160,7 @@ def _merge_factored(job: Job) -> tuple[dict[str, LowRank], list[dict[str, Any]]]
         rules.append(_rule_of(job, layer))
     if all(rule.is_lossless for rule in rules):
         sizes = [norm(pair) for pair in exact]
-        layers = [
+        layers: list[dict[str, Any]] = [
             {"module": m, "rank": p.rank, "kept_energy": 1.0, "relative_error": 0.0, "norm": s, "spectrum": None}
             for m, p, s in zip(job.modules, exact, sizes, strict=True)
         ]
@@ -221,7 +223,7 @@ def _report(
         "phases": job.phases,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": str(job.device),
-        "seed": seed,
+        "seed": getattr(job.params, "seed", seed),
         "kernels": kernel_report(),
         "versions": {"loraforge": loraforge.__version__, "torch": torch.__version__},
         "warnings": job.warnings,

@@ -50,14 +50,27 @@ def text(g, samples, length, vocab=50, ragged=True):
 
 
 def bert():
-    config = tf.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                           max_position_embeddings=32)  # fmt: skip
+    config = tf.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
     return Case(tf.BertModel(config), ("query", "value", "attention.output.dense", "intermediate.dense"))
 
 
 def llama():
-    config = tf.LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, intermediate_size=24, max_position_embeddings=32)  # fmt: skip
+    config = tf.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
     return Case(tf.LlamaForCausalLM(config), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
 
 
@@ -74,19 +87,43 @@ def t5():
 
 
 def vit():
-    config = tf.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8,
-                          patch_size=4, num_channels=1)  # fmt: skip
+    config = tf.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+    )
     model = tf.ViTForImageClassification(config)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "classifier" not in n]
     return Case(model, tuple(n for n in linear if ".0." in n or ".1." in n))
 
 
 def blip():
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8,
-              "patch_size": 4}  # fmt: skip
-    words = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
-             "max_position_embeddings": 32, "encoder_hidden_size": 16, "bos_token_id": 1, "sep_token_id": 2, "eos_token_id": 2,
-             "pad_token_id": 0}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 8,
+        "patch_size": 4,
+        "initializer_range": 0.2,
+    }
+    words = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32,
+        "encoder_hidden_size": 16,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = tf.BlipConfig(text_config=words, vision_config=vision, projection_dim=16, image_text_hidden_size=16)
     return Case(tf.BlipForConditionalGeneration(config), ("query", "key", "value"))
 

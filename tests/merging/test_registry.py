@@ -1,7 +1,7 @@
 """What every row of METHODS must do. A new row is tested here without a word more: only what the row says is used.
 
-Where a calibrated method is asked for an exact number, the parameters that are chosen by search, and those that depend on
-the size of the deltas, are fixed.
+Where a calibrated method is asked for an exact number, the parameters that are chosen by search, and those that depend
+on the size of the deltas, are fixed.
 """
 
 from __future__ import annotations

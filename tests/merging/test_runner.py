@@ -1,4 +1,4 @@
-"""`loraforge.merge`: what is refused and how it is said, heads, warnings, and that a folder appears whole or not at all."""
+"""`loraforge.merge`: what is refused and how it is said, heads, warnings, and the way to disk, whole or not at all."""
 
 from __future__ import annotations
 
