@@ -8,6 +8,7 @@ one.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -45,9 +46,7 @@ def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator
         _publish(temporary, target, overwrite)
         made = []
     except OSError as error:
-        raise LoraforgeError(
-            "The output could not be written", where=target, got=error, hint="free space or choose another folder"
-        ) from error
+        raise _refusal(target, temporary, error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -76,6 +75,21 @@ def check_target(target: Path, overwrite: bool) -> None:
             expected=f"an earlier output (with {' or '.join(MARKERS)}) or an empty folder",
             hint="choose another folder, or remove this one yourself",
         )
+
+
+def _refusal(target: Path, temporary: Path | None, error: OSError) -> LoraforgeError:
+    """The system's refusal in terms of the target: nobody knows the temporary name."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if temporary is not None:
+        reason = reason.replace(str(temporary), str(target))
+    # safetensors reports the system's error as text only.
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in reason
+    return LoraforgeError(
+        "The output could not be written",
+        where=target,
+        got=reason,
+        hint="free space or choose another folder" if full else "choose another folder",
+    )
 
 
 def flush_file(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -91,7 +92,7 @@ class BinFile:
             raise LoraforgeError(
                 "The .bin file is damaged or holds objects other than tensors, which could run code",
                 where=path,
-                got=str(error).strip().splitlines()[0][:200],
+                got=_refused_object(str(error)),
                 expected="a dictionary of tensors",
                 hint="ask for the adapter as .safetensors",
             ) from error
@@ -122,6 +123,12 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _refused_object(message: str) -> str:
+    """What the weights-only loader met; its own words go, because they advise to switch the protection off."""
+    found = re.search(r"GLOBAL (\S+)", message)
+    return f"the object {found[1]}" if found else "no pickle of tensors"
 
 
 def damaged(path: Path, error: Exception) -> LoraforgeError:

@@ -19,6 +19,9 @@ from loraforge.adapters.keys import head_module, shorten
 from loraforge.adapters.reader import Adapter
 from loraforge.errors import LoraforgeError, did_you_mean
 
+# What names the adapter whose heads are taken: the option.
+CHOICE = "--from"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadsPlan:
@@ -71,7 +74,7 @@ def resolve_heads(adapters: Sequence[Adapter], heads_from: str | None = None) ->
     if plan.aside:
         plan.notes.append(
             f"heads differ between {', '.join(plan.aside)}: each is kept under heads/<adapter>/ and the merged adapter "
-            "has none of them; heads_from=NAME puts one of them in"
+            "has none of them; `--from NAME` (API: heads_from) puts one of them in"
         )
     _take_extras(adapters, plan)
     return plan.freeze()
@@ -116,15 +119,15 @@ def _find(adapters: Sequence[Adapter], wanted: str) -> Adapter:
     found = [a for a in adapters if wanted in (a.name, str(a.path))]
     if not found:
         raise LoraforgeError(
-            "heads_from names no adapter of this merge",
-            where="heads_from",
+            "`--from NAME` (API: heads_from) names no adapter of this merge",
+            where=CHOICE,
             got=wanted,
             hint=did_you_mean(wanted, [a.name for a in adapters]),
         )
     if len(found) > 1:
         raise LoraforgeError(
-            "heads_from fits several adapters",
-            where="heads_from",
+            "`--from NAME` (API: heads_from) fits several adapters",
+            where=CHOICE,
             got=wanted,
             expected=", ".join(str(a.path) for a in found),
             hint="give the path instead of the name",
@@ -141,9 +144,10 @@ def _from_one(adapters: Sequence[Adapter], chosen: Adapter) -> HeadsPlan:
     if not plan.merged:
         others = [a.name for a in adapters if a.heads or a.extras]
         raise LoraforgeError(
-            "heads_from names an adapter that has no heads",
-            where=f"heads_from: {chosen.name}",
-            expected=f"one of {', '.join(others)}" if others else "no heads_from: no adapter has heads",
+            "`--from NAME` (API: heads_from) names an adapter that has no heads",
+            where=CHOICE,
+            got=chosen.name,
+            expected=f"one of {', '.join(others)}" if others else "no --from: no adapter has heads",
         )
     left = [a.name for a in adapters if a is not chosen and (a.heads or a.extras)]
     plan.notes.append(f"heads are those of {chosen.name}" + (f"; left out: {', '.join(left)}" if left else ""))
@@ -195,7 +199,7 @@ def _take_extras(adapters: Sequence[Adapter], plan: _Decisions) -> None:
             where=", ".join(a.name for a in holders),
             got=shorten(differing) or "trainable_token_indices differ",
             expected="equal ones, or one adapter to take them from",
-            hint=f"heads_from={holders[0].name} takes them (and the heads) from that adapter",
+            hint=f"`--from {holders[0].name}` (API: heads_from) takes them (and the heads) from that adapter",
         )
     for adapter in holders:
         plan.take(adapter, [key for key in adapter.extras if key not in plan.merged])

@@ -85,13 +85,15 @@ def encoder_decoder(config: Any) -> bool:
 
 
 def check_inputs(model: nn.Module, keys: Iterable[str], where: object) -> None:
-    """Refuses model inputs that the forward does not take.
+    """Refuses model inputs that the forward does not take; a forward that names none (only **kwargs) may take any.
 
     Raises:
         LoraforgeError: Names them, and those that it takes.
     """
     parameters = inspect.signature(model.forward).parameters
-    named = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    named = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if not named and any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return  # a wrapper that passes everything on
     # A forward takes **kwargs for its attention kernels; a tensor that lands there is read by nobody.
     raise_problems(
         [

@@ -18,6 +18,12 @@ IDS = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids", "deco
 ENCODER = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox")
 DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids", "decoder_inputs_embeds")
 SHOWN = 10
+SHOWN_ROWS = 3
+# Families whose positions are counted from the padding id + 1, so that the table's first rows are never used.
+_OFFSET_FAMILIES = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "ibert", "xmod",
+    "longformer", "luke", "layoutlmv3", "mpnet",
+)  # fmt: skip
 
 
 def text_config(config: Any, name: str) -> Any:
@@ -26,6 +32,16 @@ def text_config(config: Any, name: str) -> Any:
     if value is None and hasattr(config, "get_text_config"):
         value = getattr(config.get_text_config(), name, None)
     return value
+
+
+def usable_positions(config: Any) -> int | None:
+    """Tokens that a model has positions for, or None where its configuration sets no bound."""
+    positions = text_config(config, "max_position_embeddings")
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if text_config(config, "model_type") not in _OFFSET_FAMILIES:
+        return positions
+    return positions - int(text_config(config, "pad_token_id") or 0) - 1
 
 
 def report_problems(problems: list[LoraforgeError]) -> None:
@@ -66,7 +82,25 @@ def check_samples(samples: Sequence[Sample], where: object, config: Any, rows: S
                 problems.append(
                     LoraforgeError("the samples differ in shape", where=f"{row}, {key}", got=got, expected=wanted)
                 )
-    report_problems(problems)
+    report_problems(_grouped(problems, where, len(samples)))
+
+
+def _grouped(problems: Sequence[LoraforgeError], where: object, count: int) -> list[LoraforgeError]:
+    """One problem for all samples with the same cause: how many, and the first few of them."""
+    causes: dict[tuple[object, ...], list[LoraforgeError]] = {}
+    for problem in problems:
+        causes.setdefault((problem.what, problem.expected, problem.hint), []).append(problem)
+    found = []
+    for same in causes.values():
+        first = same[0]
+        if len(same) == 1:
+            found.append(first)
+            continue
+        rows = [f"{str(p.where).removeprefix(f'{where}, ')}{f': {p.got}' if p.got else ''}" for p in same[:SHOWN_ROWS]]
+        more = f"; and {len(same) - SHOWN_ROWS} more" if len(same) > SHOWN_ROWS else ""
+        got = f"{len(same)} times in {count} samples: {'; '.join(rows)}{more}"
+        found.append(LoraforgeError(first.what, where=where, got=got, expected=first.expected, hint=first.hint))
+    return found
 
 
 def _check_tensor(key: str, value: Tensor, sample: Sample, where: str, config: Any) -> list[LoraforgeError]:
@@ -90,7 +124,7 @@ def _check_tensor(key: str, value: Tensor, sample: Sample, where: str, config: A
 
 
 def _check_ids(ids: Tensor, where: str, config: Any) -> list[LoraforgeError]:
-    vocabulary, positions = (text_config(config, name) for name in ("vocab_size", "max_position_embeddings"))
+    vocabulary, positions = text_config(config, "vocab_size"), usable_positions(config)
     problems = []
     outside = ids < 0 if vocabulary is None else (ids < 0) | (ids >= vocabulary)
     if bool(outside.any()):
@@ -103,14 +137,14 @@ def _check_ids(ids: Tensor, where: str, config: Any) -> list[LoraforgeError]:
                 hint="use the tokenizer of this base",
             )
         )
-    if isinstance(positions, int) and ids.shape[0] > positions > 0:
+    if positions is not None and ids.shape[0] > positions:
         problems.append(
             LoraforgeError(
                 "the sequence is longer than the model has positions",
                 where=where,
                 got=f"{ids.shape[0]} tokens",
                 expected=f"at most {positions}",
-                hint=f"--max-length {positions}, or cut the tensors in the file",
+                hint="cut the tensors in the file",
             )
         )
     return problems

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from loraforge.calibrate.checks import Sample, check_batch, check_samples
-from loraforge.calibrate.encode import encode_rows, length_limit, load_tokenizer, model_kind
+from loraforge.calibrate.encode import encode_rows, length_limit, load_tokenizer, model_kind, own_folder, warn_cut
 from loraforge.calibrate.images import encode_images, list_images, load_image_processor
 from loraforge.calibrate.rows import Row, RowFormat, parse_rows, read_hub_rows, read_json_rows
 from loraforge.calibrate.sampling import Selection, choose, content_hash
@@ -91,9 +91,11 @@ def load_calibration(
         tokenizer: The base's tokenizer; default: looked up in `base` when there is text.
         model_config: The base's configuration.
         image_processor: The base's image processor; default: of `base` or of the image folder, if there is one.
-        base: Folder or id of the base, for tokenizer and image processor; never fetched.
+        base: Folder or id of the base, for tokenizer and image processor; never fetched. Default: the folder that the
+            configuration was loaded from, which serves a base in memory.
         task_type: The adapters' task type; says whether a target continues the text.
-        max_length: Tokens that a text is cut to; default 512 or what the model allows.
+        max_length: Tokens that a text is cut to; default 512. Never more than the model has positions for (a warning
+            says so); tensors are never cut.
         template: Text with row fields in braces; default the field `text`.
         target: Field or template of the target; default `target` where a row has it.
         target_map: What the values of `target` stand for.
@@ -117,6 +119,7 @@ def load_calibration(
     limit = fields.pop("max_length")
     kind = model_kind(model_config, task_type)
     fmt = RowFormat(**fields)
+    base = own_folder(model_config) if base is None else base
     return _read(source, _Reading(tokenizer, model_config, image_processor, base, limit, fmt, kind, selection), name)
 
 
@@ -208,6 +211,7 @@ def _from_rows(
         tokenizer = reading.tokenizer or load_tokenizer(reading.base, source)
         limit = length_limit(reading.max_length, tokenizer, reading.config)
         samples = encode_rows(rows, tokenizer, reading.config, reading.kind, limit, source)
+        warn_cut(samples, limit, reading.max_length, source)
     if rows[0].image is not None:
         paths = [(folder or Path()) / str(row.image) for row in rows]
         processor = reading.processor or load_image_processor(reading.base)

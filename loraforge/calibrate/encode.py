@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraforge.calibrate.checks import DECODER, MASKS, Sample, text_config
+from loraforge.calibrate.checks import DECODER, MASKS, Sample, text_config, usable_positions
 from loraforge.calibrate.rows import Row
 from loraforge.calibrate.tensors import shift_right
 from loraforge.errors import LoraforgeError
 
 DEFAULT_LENGTH = 512
 _TASK_KINDS = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "encoder-decoder"}
-_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
+# Without one of these transformers makes a tokenizer up, to which every word is unknown.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.codes",
+    "tekken.json",
+)  # fmt: skip
+_UNKNOWN_SHARE = 0.9
+_NO_TOKENIZER = (
+    "give the calibration data as .safetensors model inputs (input_ids, attention_mask), which needs no tokenizer"
+)
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -43,12 +52,26 @@ def model_kind(config: Any, task_type: str | None = None) -> str:
 
 
 def length_limit(max_length: int | None, tokenizer: Any, config: Any) -> int:
-    """Tokens a sample is cut to: `max_length`, by default 512 or what model and tokenizer allow, if less."""
+    """Tokens a sample is cut to: `max_length` or what the model has positions for, if less.
+
+    By default it is 512 or what model and tokenizer allow.
+    """
+    positions = usable_positions(config)
     if max_length is not None:
-        return max_length
-    positions = text_config(config, "max_position_embeddings")
+        return max_length if positions is None else min(max_length, positions)
     limits = [DEFAULT_LENGTH, getattr(tokenizer, "model_max_length", None), positions]
     return min(int(limit) for limit in limits if isinstance(limit, int | float) and limit > 0)
+
+
+def warn_cut(samples: Sequence[Sample], limit: int, max_length: int | None, where: object) -> None:
+    """Warns (UserWarning) where the model, not `max_length`, bounds the samples and some are as long as that."""
+    full = sum(sample["input_ids"].shape[0] >= limit for sample in samples)
+    if max_length is not None and limit < max_length and full:
+        warnings.warn(
+            f"{where}: texts are cut to the {limit} tokens that the base has positions for (max_length {max_length}); "
+            f"{full} of {len(samples)} samples are that long",
+            stacklevel=2,
+        )
 
 
 def encode_rows(
@@ -64,7 +87,7 @@ def encode_rows(
         targets decoder_input_ids (Ld,), decoder_attention_mask (Ld,).
 
     Raises:
-        LoraforgeError: A text without tokens; a base without a start token.
+        LoraforgeError: A text without tokens; words that the tokenizer does not know; a base without a start token.
     """
     texts = [_joined(row) if kind == "causal" else str(row.text) for row in rows]
     encoded = tokenizer(texts, truncation=True, max_length=max_length)
@@ -86,6 +109,7 @@ def encode_rows(
     for sample, row in zip(samples, rows, strict=True):
         if sample["input_ids"].numel() == 0:
             raise LoraforgeError("the text has no tokens", where=f"{where}, {row.where}", got=repr(row.text))
+    _check_known(samples, tokenizer, where)
     return samples
 
 
@@ -97,23 +121,50 @@ def load_tokenizer(base: object, where: object) -> Any:
     """
     from transformers import AutoTokenizer
 
-    hint = (
-        "give the calibration data as .safetensors model inputs (input_ids, attention_mask), which needs no tokenizer"
-    )
+    hint = _NO_TOKENIZER
     if base is None:
         raise LoraforgeError("text needs the base's tokenizer, and no base folder is known", where=where, hint=hint)
+    folder, what = Path(str(base)), "text needs a tokenizer, and the base has none that can be loaded"
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise LoraforgeError(
+            what,
+            where=base,
+            got="no tokenizer files",
+            expected="tokenizer.json, vocab.txt, spiece.model, ...",
+            hint=hint,
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-        folder = Path(str(base))
-        absent = folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
-        got = "no tokenizer files" if absent else str(error).strip().split("\n")[0]
-        raise LoraforgeError(
-            "text needs a tokenizer, and the base has none that can be loaded", where=base, got=got, hint=hint
-        ) from error
+        raise LoraforgeError(what, where=base, got=str(error).strip().split("\n")[0], hint=hint) from error
     if not len(tokenizer):
         raise LoraforgeError("the base's tokenizer is empty", where=base, got="0 tokens", hint=hint)
     return tokenizer
+
+
+def own_folder(config: Any) -> str | None:
+    """The local folder that a configuration was loaded from, if it still is there."""
+    origin = getattr(config, "_name_or_path", None)
+    return origin if isinstance(origin, str) and origin and Path(origin).is_dir() else None
+
+
+def _check_known(samples: Sequence[Sample], tokenizer: Any, where: object) -> None:
+    """Refuses texts of which next to nothing is left but unknown words (special tokens are not counted)."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    ids = torch.cat([sample["input_ids"] for sample in samples])
+    special = [token for token in tokenizer.all_special_ids if token != unknown]
+    counted = ids[~torch.isin(ids, torch.tensor(special, dtype=ids.dtype))]
+    missed = int((counted == unknown).sum())
+    if missed > _UNKNOWN_SHARE * counted.numel():
+        raise LoraforgeError(
+            "the tokenizer does not know the words of this file",
+            where=where,
+            got=f"{missed} of {counted.numel()} tokens are unknown ({tokenizer.unk_token})",
+            expected=f"at most {_UNKNOWN_SHARE:.0%}",
+            hint=f"use a base with the tokenizer of these texts, or {_NO_TOKENIZER}",
+        )
 
 
 def _joined(row: Row) -> str:

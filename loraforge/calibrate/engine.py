@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +121,8 @@ class Engine:
         """Solves every module once, in running order, each on the inputs that the solved ones before it give."""
 
         def visitor(name: str, visits: list[Visit]) -> None:
-            if (
-                name in self._installed
-            ):  # a later call of a shared module: what the first one found stands until `iterate`
+            # A later call of a shared module: what the first one found stands until `iterate`.
+            if name in self._installed or not self._counts(name, visits):
                 return
             self._tell("solving", name, len(self._installed))
             self._install(name, self._solve(name, visits, None))
@@ -147,6 +146,8 @@ class Engine:
 
         def visitor(name: str, visits: list[Visit]) -> None:
             nonlocal worst
+            if not self._counts(name, visits):
+                return
             self._tell("verifying", name, len(self._installed))
             now = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
             before = [self._probes[name][j] for j in sample]
@@ -204,14 +205,17 @@ class Engine:
         both = bool(self._installed)
         waiting: dict[str, list[Visit]] = {}
         images: dict[str, _Image] = {}
+        calls = self.trace.calls
 
         def visitor(name: str, visits: list[Visit]) -> None:
+            if not self._counts(name, visits):
+                return
             self._tell(f"iteration {k + 1}", name, len(images))
-            if self.trace.calls[name] > 1:
+            if calls[name] > 1:
                 # First calls wait for the last; meanwhile the forward adds its deltas to their outputs in place.
-                visits = [Visit(v.worker, v.x.clone(), v.y.clone()) for v in visits]
+                visits = [replace(v, x=v.x.clone(), y=v.y.clone()) for v in visits]
             waiting.setdefault(name, []).extend(visits)
-            if len(waiting[name]) == self.trace.calls[name] * len(self.batches):
+            if len(waiting[name]) == calls[name] * len(self.batches) * (2 if both else 1):
                 # alpha and rho are searched until the merged stream has been seen once, then they stay.
                 earlier = self._installed[name].choices if both and k > 1 else None
                 images[name] = self._solve(name, waiting.pop(name), earlier)
@@ -275,11 +279,15 @@ class Engine:
     ) -> None:
         """Walks all batches (or those of `only`) through the model, the visitor called at every module."""
         batches = self.batches if only is None else [self.batches[j] for j in only]
-        self._features.start(batches, both_streams)
+        self._features.start(batches)
         walk = Lockstep(self.model, self.modules, self._deltas, self.options, both_streams=both_streams)
         with torch.no_grad():
             walk.run([(b.task, b.inputs) for b in batches], visitor)
         self._features.stop()
+
+    def _counts(self, name: str, visits: Sequence[Visit]) -> bool:
+        """Whether this call's input holds samples."""
+        return self.trace.kinds[name][visits[0].call] is not None
 
     def _tell(self, stage: str, detail: str, done: int) -> None:
         if self.progress is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loraforge.calibrate.base import encoder_decoder
 from loraforge.calibrate.batches import Batch
+from loraforge.calibrate.trace import call_input
 from loraforge.errors import LoraforgeError
 from loraforge.types import LowRank
 
@@ -94,12 +95,18 @@ def _generate(
     max_new_tokens: int,
 ) -> Tensor:
     """(b, 1 + n) tokens of task model i, the start token first."""
+    if not hasattr(model, "generate"):
+        raise LoraforgeError(
+            "the base model cannot generate, and the calibration data has no targets",
+            got=type(model).__name__,
+            expected="`target` in the calibration rows, or a base saved with its language-model head",
+        )
     handles = []
     for name, module in modules.items():
         pair = factors[name][batch.task]
         if pair is not None:
             near = pair.to(module.weight.dtype, module.weight.device)  # type: ignore[arg-type]
-            handles.append(module.register_forward_hook(_adding(near)))
+            handles.append(module.register_forward_hook(_adding(near), with_kwargs=True))
     try:
         with torch.no_grad():
             found: Tensor = model.generate(
@@ -113,8 +120,8 @@ def _generate(
 
 
 def _adding(pair: LowRank) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y + (args[0] @ pair.A.mT) @ pair.B.mT
+    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
+        return y + (call_input(args, kwargs) @ pair.A.mT) @ pair.B.mT
 
     return hook
 

@@ -5,8 +5,8 @@ module it stops there; when all have arrived, the whole calibration set's inputs
 visitor may solve for the module and install its merged delta, and the batches walk on. So one pass computes the
 layer-sequential fixed point for any model that forward hooks can see, without a list of its blocks.
 
-A batch holds two streams as rows of one forward: the first half runs base + adapter i, the second half the merged
-model.
+Each batch walks twice, side by side: as its task's stream (base + adapter i) and as the merged model's. Both see the
+same tokens and run the same kernels on the same shapes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from loraforge.calibrate.carriers import Carrier, make_carrier
 from loraforge.calibrate.memory import share_one_heap
+from loraforge.calibrate.trace import call_input
 from loraforge.errors import LoraforgeError
 
 
@@ -28,11 +29,15 @@ class Visit:
 
     Attributes:
         worker: Index of the batch.
-        x: Input of the module, (2b, ..., d) with both streams, (b, ..., d) with the task stream alone.
+        merged: Whether this is the merged stream.
+        call: Which call of the module in this forward, from 0.
+        x: Input of the module, (..., d).
         y: The base module's output for x, before any delta.
     """
 
     worker: int
+    merged: bool
+    call: int
     x: Tensor
     y: Tensor
 
@@ -50,10 +55,11 @@ Make = Callable[[Callable[[], None]], Carrier]
 
 
 class _Walker:
-    """One batch on its way: its carrier, and where it stands."""
+    """One stream of one batch on its way: its carrier, and where it stands."""
 
-    def __init__(self, index: int, task: int, forward: Callable[[_Walker], None], make: Make) -> None:
-        self.index, self.task = index, task
+    def __init__(self, index: int, task: int, merged: bool, forward: Callable[[_Walker], None], make: Make) -> None:
+        self.index, self.task, self.merged = index, task, merged
+        self.calls: dict[str, int] = {}
         self.carrier = make(lambda: forward(self))
         self.visit: Visit | None = None
         self.at: str | None = None
@@ -93,7 +99,11 @@ class Lockstep:
         """
         share_one_heap()
         self._inputs = [inputs for _, inputs in batches]
-        walkers = [_Walker(j, task, self._forward, self._make) for j, (task, _) in enumerate(batches)]
+        walkers = [
+            _Walker(j, task, merged, self._forward, self._make)
+            for j, (task, _) in enumerate(batches)
+            for merged in ((False, True) if self._both else (False,))
+        ]
         handles = [m.register_forward_hook(self._hook(n), with_kwargs=True) for n, m in self._modules.items()]
         # Greenlets share one grad mode and leave their own blocks out of order: it is off around all of this.
         with torch.no_grad():
@@ -117,11 +127,8 @@ class Lockstep:
             walker.carrier.resume()
 
     def _forward(self, walker: _Walker) -> None:
-        inputs = self._inputs[walker.index]
-        if self._both:
-            inputs = {key: torch.cat([value, value]) for key, value in inputs.items()}
         with torch.no_grad():  # a thread has a grad mode of its own
-            self._model(**inputs, **self._options)
+            self._model(**self._inputs[walker.index], **self._options)
         walker.at = None
 
     def _meeting_point(self, walkers: Sequence[_Walker]) -> str:
@@ -139,21 +146,17 @@ class Lockstep:
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> Tensor:
             walker = self._turn
             assert walker is not None  # hooks run inside a turn only
-            x = args[0] if args else next(iter(kwargs.values()))
-            walker.at, walker.visit = name, Visit(walker.index, x, y)
+            x = call_input(args, kwargs)
+            call = walker.calls.get(name, 0)
+            walker.calls[name] = call + 1
+            walker.at, walker.visit = name, Visit(walker.index, walker.merged, call, x, y)
             walker.carrier.pause()
             walker.visit = None
-            return self._with_deltas(name, walker.task, x, y)
-
-        return hook
-
-    def _with_deltas(self, name: str, task: int, x: Tensor, y: Tensor) -> Tensor:
-        """Adds base + adapter i to the first half of the rows and the merged delta to the second."""
-        deltas = self._deltas[name]
-        half = x.shape[0] // 2 if self._both else x.shape[0]
-        parts = ((deltas.tasks[task], slice(0, half)), (deltas.merged if self._both else None, slice(half, None)))
-        for pair, rows in parts:
+            deltas = self._deltas[name]
+            pair = deltas.merged if walker.merged else deltas.tasks[walker.task]
             if pair is not None:
                 B, A = pair
-                y[rows] += (x[rows] @ A.mT) @ B.mT
-        return y
+                y += (x @ A.mT) @ B.mT
+            return y
+
+        return hook

@@ -190,7 +190,7 @@ def energy(
     total = 0.0
     for r in rows:
         pair = pairs[r.task]
-        if how.full_weight and layer.weight is not None and r.Xm is not r.X:
+        if how.full_weight and layer.weight is not None and r.Xm is not r.X and not how.target_merged:
             output = (r.X - r.Xm) @ layer.weight.to(r.X.dtype).mT
             if pair is not None:
                 output += times(r.X, pair[1]) @ pair[0].to(r.X.dtype).mT

@@ -16,14 +16,18 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print details, one line a module.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
-Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapter folder or file.", show_default=False)]
+Adapters = Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapter folder.", show_default=False)]
 AdaptersOrRecipe = Annotated[
     list[str] | None,
-    typer.Argument(metavar="ADAPTER", help="Adapter folders or files, in order; or named by --recipe."),
+    typer.Argument(metavar="ADAPTER", help="Adapter folders, in order; or named by --recipe."),
 ]
 Out = Annotated[str | None, typer.Option("--out", "-o", metavar="DIR", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool | None, typer.Option("--overwrite", help="Replace an existing output.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.", show_default="0")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of every random draw.", show_default="0; calibrated methods: 42"),
+]
+DemoSeed = Annotated[int | None, typer.Option("--seed", help="Seed of every random draw.", show_default="0")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="auto|cpu|cuda[:i]", help="Where to compute.", show_default="auto")
 ]
@@ -36,7 +40,12 @@ Method = Annotated[
 ]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", metavar="W,W,...", help="One weight an adapter, any sign.", show_default="the method's"),
+    typer.Option(
+        "--weights",
+        metavar="W,W,...",
+        help="One weight an adapter: any sign for sums, 0 or more for calibrated methods.",
+        show_default="the method's",
+    ),
 ]
 Weight = Annotated[float | None, typer.Option("--weight", metavar="W", help="For two adapters: the weights W and 1-W.")]
 Rank = Annotated[int | None, typer.Option("--rank", min=1, help="Largest output rank a module.")]

@@ -112,14 +112,14 @@ class Output:
         from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        table.title, table.title_justify = (Text(title) if title else None), "left"
         for i, header in enumerate(headers):
             numeric = all(isinstance(row[i], (int, float)) or row[i] is None for row in rows)
             justify: Literal["left", "right"] = "right" if numeric else "left"
             # Words may be wrapped on a narrow terminal, names and numbers only when nothing else is left.
             table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=numeric or i == 0)
         if title:
-            self.line()
+            # Above the table, not in it: a table wraps its title to its own width.
+            self.line(f"\n{title}")
         for row in rows:
             table.add_row(*(Text(human_number(cell)) for cell in row))
         if self._stdout.isatty():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraforge.cli._places import check_output, check_report, input_paths
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     elif out is None:
         raise UsageError("no output folder was named", expected="--out DIR", hint="--dry-run prints the plan instead")
     else:
-        check_output(out, overwrite=overwrite, inputs=adapters)
-        check_output(report, overwrite=overwrite, inputs=adapters)
+        inputs = input_paths(adapters, wanted.get("base"), wanted.get("calibration"), options["recipe"])
+        check_output(out, overwrite=overwrite, inputs=inputs)
+        check_report(report, overwrite=overwrite, inputs=inputs)
     return MergeRequest(arguments, out, report, overwrite, tuple(wanted.get("notes", ())))
 
 
@@ -198,28 +200,3 @@ def check_format(name: str, kind: str) -> None:
         raise LoraforgeError(
             "this version writes adapters only", where="output_kind (save: 1)", got=kind, expected="adapter"
         )
-
-
-def check_output(out: Path | None, *, overwrite: bool, inputs: Sequence[str]) -> None:
-    """Refuses an output that exists, holds or lies in an input, or whose folder cannot be written.
-
-    Raises:
-        LoraforgeError: With the path and what to do.
-    """
-    if out is None:
-        return
-    target = out.resolve()
-    for source in (Path(text).resolve() for text in inputs):
-        if target == source or source in target.parents or target in source.parents:
-            what = "the output and an input are in one place; inputs are never changed"
-            raise LoraforgeError(what, where=out, got=f"input {source}", expected="a folder of its own")
-    if out.exists() and not overwrite:
-        raise LoraforgeError(
-            "the output exists",
-            where=out,
-            expected="a path that is free",
-            hint="choose another path, or add --overwrite to replace it",
-        )
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise LoraforgeError("the output cannot be written there", where=out, got=f"no writable folder at {parent}")

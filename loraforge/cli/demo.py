@@ -15,7 +15,7 @@ DEFAULT_OUT = "loraforge-demo"
 
 def demo(
     out: opt.Out = DEFAULT_OUT,
-    seed: opt.Seed = None,
+    seed: opt.DemoSeed = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Two domains, few steps: shows that all works, says nothing else.")
     ] = False,
@@ -26,10 +26,10 @@ def demo(
     debug: opt.Debug = False,
 ) -> None:
     """Run the embedded example: train, merge, evaluate."""
-    from loraforge.cli._request import check_output
+    from loraforge.cli._places import check_place
 
     folder = Path(out or DEFAULT_OUT)
-    check_output(folder, overwrite=bool(overwrite), inputs=())
+    check_place(folder, overwrite=bool(overwrite), inputs=())
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
         import loraforge

@@ -58,19 +58,7 @@ def merge_calibrated(
         LoraforgeError: No base, no or wrong calibration data, modules that the base lacks.
     """
     params: IterisParams = job.params
-    if base is None:
-        raise LoraforgeError(
-            f"method '{job.row.name}' needs the base model",
-            expected="--base MODEL_DIR",
-            hint="methods without base and calibration: weighted-average, task-arithmetic, svd, concat",
-        )
-    if min(job.weights) < 0 or not any(job.weights):
-        raise LoraforgeError(
-            "calibrated methods need coefficients that are not negative, and one that is positive",
-            got=", ".join(f"{w:g}" for w in job.weights),
-            hint="a negative weight has a meaning for sums only: use task-arithmetic",
-        )
-    sources = _sources(job, calibration)
+    sources = _check(job, base, calibration)
     with job.phase("load base"):
         shapes = {m: next((a.info(m).m, a.info(m).n) for a in job.adapters if m in a.modules_set) for m in job.modules}
         task_type = next((a.task_type for a in job.adapters if a.task_type), None)
@@ -91,7 +79,7 @@ def merge_calibrated(
             model, config, modules, factors, batches, collect=params.collect, max_new_tokens=params.max_new_tokens
         )
     with job.phase("trace"):
-        trace = trace_model(model, modules, batches[0].inputs, options)
+        trace = trace_model(model, modules, [b.inputs for b in batches], options)
     kept: dict[str, float] = {}
     engine = Engine(
         model=model,
@@ -122,6 +110,27 @@ def merge_calibrated(
     return {name: engine.merged[name] for name in job.modules}, layers, report
 
 
+def _check(job: Job, base: Any, calibration: Mapping[str, Any] | Sequence[Any] | None) -> list[Any]:
+    """The calibration sources in the adapters' order, once there is all that a calibrated method needs.
+
+    Raises:
+        LoraforgeError: No base model, unusable coefficients, no or too few calibration sets.
+    """
+    if base is None:
+        raise LoraforgeError(
+            f"method '{job.row.name}' needs the base model",
+            expected="--base MODEL_DIR",
+            hint="methods without base and calibration: weighted-average, task-arithmetic, svd, concat",
+        )
+    if min(job.weights) < 0 or not any(job.weights):
+        raise LoraforgeError(
+            "calibrated methods need coefficients that are not negative, and one that is positive",
+            got=", ".join(f"{w:g}" for w in job.weights),
+            hint="a negative weight has a meaning for sums only: use task-arithmetic",
+        )
+    return _sources(job, calibration)
+
+
 def _run(job: Job, engine: Engine, params: IterisParams) -> dict[str, Any]:
     """Sweep and verification, or the iteration; what came of it."""
     if params.init == "adapters":
@@ -131,7 +140,7 @@ def _run(job: Job, engine: Engine, params: IterisParams) -> dict[str, Any]:
             job.warnings.append(
                 f"the iteration did not reach {params.convergence_threshold} in {params.max_iter} solves"
             )
-        return {"converged": converged, "verified": None}
+        return {"converged": converged if params.max_iter > 1 else None, "verified": None}
     with job.phase("sweep"):
         engine.sweep()
     if not params.verify:
@@ -201,7 +210,8 @@ def _cut(
     limit = min(rank, S.numel())
     m = state.shape[0] if basis is None else basis.shape[0]
     k = limit if job.rule.is_lossless else choose(S[:limit], job.rule, m, state.shape[1])
-    total = float(S[:limit].square().sum())
+    # The dense full-weight solution counts as what there was to keep: its cut to R is an error like any other.
+    total = float(S.square().sum())
     kept[name] = float(S[:k].square().sum()) / total if total > 0 else 1.0
     U = U[:, :k]
     return LowRank(U if basis is None else basis @ U, U.mT @ state)

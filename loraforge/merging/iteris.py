@@ -176,8 +176,9 @@ def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) 
     stats = _sketch(stats)
     alphas = ALPHAS if params.alpha_1 == "auto" else (None,)
     rhos = RHOS if params.reg_ceof == "auto" else (None,)
-    if stats.folds[0].prior is stats.folds[0].gram:  # X~ = X: rho changes nothing
-        rhos = (0.0,)
+    prior = stats.folds[0].prior
+    if len(rhos) > 1 and prior is not None and torch.equal(prior, stats.folds[0].gram):
+        rhos = (0.0,)  # X~ = X, as in the first pass of an iteration: rho changes nothing
     used = [k for k, f in enumerate(stats.folds) if 0.0 < f.share < 1.0]
     start = (min(_START[0], len(alphas) - 1), min(_START[1], len(rhos) - 1))
     if not used:  # all tokens in one fold: nothing is left to hold out

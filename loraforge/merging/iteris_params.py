@@ -109,6 +109,10 @@ class IterisParams:
             )
         if self.reg_ceof != "auto" and self.reg_ceof > 1:
             raise UsageError("reg_ceof is a share", got=self.reg_ceof, expected="auto or a number in [0, 1]")
+        if self.target == "merged" and self.reg_ceof != 0.0:
+            raise UsageError(
+                "target=merged has no task features to mix in", got=f"reg_ceof={self.reg_ceof}", expected="reg_ceof=0"
+            )
         if self.dcs_min_ess > 1:
             raise UsageError("dcs_min_ess is a share", got=self.dcs_min_ess, expected="a number in [0, 1]")
         if self.if_divide and self.inner_num * self.outer_num != self.samples_num:

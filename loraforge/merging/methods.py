@@ -127,7 +127,7 @@ _ROWS: tuple[MethodRow, ...] = (
     MethodRow(
         name="regmean-plus-plus",
         title="RegMean on the merged model's own activations, in order",
-        cost="1 forward + S d^2 + d^3/3",
+        cost="2 forwards + S d^2 + d^3/3",
         paper="RegMean++, arXiv 2508.03121",
         defaults=_REGMEAN | {"target": "merged"},
         **_ITERIS,  # type: ignore[arg-type]

@@ -92,16 +92,12 @@ def merge(
     """
     started = time.perf_counter()
     row = find_method(method)
-    values = dict(params or {})
-    if row.needs == "calibration":
-        given = {"samples_num": samples, "max_length": max_length, "seed": seed}
-        values |= {key: value for key, value in given.items() if value is not None}
-    elif base is not None or calibration is not None:
-        raise UsageError(
-            f"method '{row.name}' uses no base model and no calibration data",
-            hint="leave --base and --calibration out, or choose iteris-plus",
-        )
-    parameters = row.make_params(values)
+    parameters = _parameters(
+        row,
+        dict(params or {}),
+        {"samples_num": samples, "max_length": max_length, "seed": seed},
+        {"base": base, "calibration": calibration, "samples": samples, "max_length": max_length, "template": template},
+    )
     rule = RankRule(rank, energy, 1 if min_rank is None else min_rank, max_rank)
     _check_choice("on_missing", on_missing, ("zero", "present", "error"))
     _check_choice("dtype", dtype, ("auto", *_DTYPES))
@@ -143,6 +139,27 @@ def merge(
             layer["rank"] = widest
     report = _report(job, merged, layers, seed, time.perf_counter() - started) | extra
     return MergeResult(merged, report, opened, heads, target)
+
+
+def _parameters(
+    row: MethodRow, values: dict[str, Any], drawing: Mapping[str, Any], calibrating: Mapping[str, Any]
+) -> Any:
+    """The method's parameters; what only calibrated methods read is refused elsewhere.
+
+    Raises:
+        UsageError: An unknown parameter, or calibration options for a method that uses none.
+    """
+    if row.needs == "calibration":
+        values |= {key: value for key, value in drawing.items() if value is not None}
+    else:
+        given = [f"--{name.replace('_', '-')}" for name, value in calibrating.items() if value is not None]
+        if given:
+            raise UsageError(
+                f"method '{row.name}' uses no base model and no calibration data",
+                got=", ".join(given),
+                hint="leave these options out, or choose iteris-plus",
+            )
+    return row.make_params(values)
 
 
 def _merge_factored(job: Job) -> tuple[dict[str, LowRank], list[dict[str, Any]]]:

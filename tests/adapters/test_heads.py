@@ -36,7 +36,7 @@ def test_differing_heads_are_kept_apart_as_whole_modules(tmp_path: Path, other: 
     assert list(plan.merged) == ["pre_classifier.weight"] and plan.modules_to_save == ("pre_classifier",)
     assert sorted(plan.aside["a"]) == ["classifier.bias", "classifier.weight"], "weight and bias stay together"
     assert torch.equal(plan.aside["b"]["classifier.weight"], other["classifier.weight"])
-    assert "heads_from" in plan.notes[0] and "a, b" in plan.notes[0]
+    assert "`--from NAME` (API: heads_from) puts one" in plan.notes[0] and "a, b" in plan.notes[0]
 
 
 def test_another_dtype_is_another_head(tmp_path: Path) -> None:
@@ -61,16 +61,17 @@ def test_heads_from_names_the_adapter(tmp_path: Path) -> None:
         assert plan.notes == ("heads are those of b; left out: a",)
     with pytest.raises(LoraforgeError, match="no adapter of this merge") as caught:
         resolve_heads([a, b], "bb")
-    assert "did you mean 'b'" in str(caught.value)
-    with pytest.raises(LoraforgeError, match="has no heads"):
+    assert "did you mean 'b'" in str(caught.value) and caught.value.where == "--from"
+    with pytest.raises(LoraforgeError, match="`--from NAME`.*has no heads") as none:
         resolve_heads([a, plain], "c")
+    assert (none.value.where, none.value.got, none.value.expected) == ("--from", "c", "one of a")
 
 
 def test_equal_folder_names_are_told_apart(tmp_path: Path) -> None:
     a, b = adapter(tmp_path / "x" / "run", head(1)), adapter(tmp_path / "y" / "run", head(2))
     assert unique_names([a, b, a]) == ["run", "run-2", "run-3"]
     assert list(resolve_heads([a, b]).aside) == ["run", "run-2"]
-    with pytest.raises(LoraforgeError, match="several adapters"):
+    with pytest.raises(LoraforgeError, match="`--from NAME`.*several adapters"):
         resolve_heads([a, b], "run")
     assert resolve_heads([a, b], str(b.path)).merged["classifier.weight"][0, 0] == 2
 
@@ -87,7 +88,7 @@ def test_extras_pass_when_equal_and_are_refused_when_not(tmp_path: Path) -> None
     assert list(plan.merged) == [BIAS] and plan.config == {"bias": "all"} and plan.modules_to_save == ()
     with pytest.raises(LoraforgeError, match="cannot be summed") as caught:
         resolve_heads([a, other])
-    assert BIAS in str(caught.value) and "heads_from=a" in str(caught.value)
+    assert BIAS in str(caught.value) and "`--from a` (API: heads_from)" in str(caught.value)
     assert resolve_heads([a, other], "other").merged[BIAS][0] == 2
 
 

@@ -236,6 +236,31 @@ def test_failing_rename_keeps_the_old_output(tmp_path: Path, monkeypatch: pytest
     assert tree(tmp_path) == before
 
 
+def test_a_refusal_names_the_target_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        if self.name.endswith(".part"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(self))
+        mkdir(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(LoraforgeError, match="could not be written") as caught:
+        write_adapter(tmp_path / "out", modules(RANKS), META)
+    assert caught.value.where == str(tmp_path / "out") and caught.value.got == "No such file or directory"
+    assert caught.value.hint == "choose another folder" and ".part" not in str(caught.value)
+
+
+def test_a_full_disk_is_named_without_the_temporary_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        raise OSError(f"Error while serializing {path}: No space left on device (os error 28)")
+
+    monkeypatch.setattr(writer, "save_file", save)
+    with pytest.raises(LoraforgeError, match="No space left") as caught:
+        write_adapter(tmp_path / "out", modules(RANKS), META)
+    assert "free space" in str(caught.value) and ".part" not in str(caught.value)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_no_permission(tmp_path: Path) -> None:
     (tmp_path / "ro").mkdir(mode=0o500)

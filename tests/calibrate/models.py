@@ -128,6 +128,27 @@ def blip():
     return Case(tf.BlipForConditionalGeneration(config), ("query", "key", "value"))
 
 
+def deberta():
+    config = tf.DebertaV2Config(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_biased_input=False,
+    )
+    return Case(tf.DebertaV2Model(config), ("query_proj", "value_proj", "intermediate.dense"))
+
+
+def xlnet():
+    config = tf.XLNetConfig(vocab_size=50, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    return Case(tf.XLNetModel(config), ("layer_1", "layer_2"))
+
+
 def inputs_of(family, g, samples, length):
     """Batched model inputs of one task."""
     if family == "vit":
@@ -142,12 +163,14 @@ def inputs_of(family, g, samples, length):
     return inputs
 
 
+# Models that read their inputs in ways of their own: one table of positions for all samples; tokens before samples.
+UNUSUAL = {"deberta": deberta, "xlnet": xlnet}
 FAMILIES = {"bert": bert, "llama": llama, "gpt2": gpt2, "t5": t5, "vit": vit, "blip": blip}
 
 
 def make(family, seed=0):
     torch.manual_seed(seed)
-    case = FAMILIES[family]()
+    case = (FAMILIES | UNUSUAL)[family]()
     case.model = case.model.double().eval()
     # Random initial weights give nearly linear layers; larger ones make the modules depend on each other.
     with torch.no_grad():

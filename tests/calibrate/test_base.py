@@ -210,3 +210,27 @@ def test_forward_options_and_inputs() -> None:
     check_inputs(bert, ["input_ids", "attention_mask"], "a.safetensors")
     with pytest.raises(LoraforgeError, match="(?s)does not take 'pixel_values'.*a.safetensors"):
         check_inputs(bert, ["input_ids", "pixel_values"], "a.safetensors")
+
+
+class Passing(nn.Module):
+    """Hands its inputs on, whatever they are called."""
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return inputs["anything"]
+
+
+class PassingAll(nn.Module):
+    def forward(self, *inputs: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        return named["anything"]
+
+
+class Positional(nn.Module):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return inputs[0]
+
+
+def test_a_forward_without_names_takes_any_input() -> None:
+    check_inputs(Passing(), ["anything"], "a.safetensors")
+    check_inputs(PassingAll(), ["anything"], "a.safetensors")
+    with pytest.raises(LoraforgeError, match="does not take 'inputs'"):
+        check_inputs(Positional(), ["inputs"], "a.safetensors")

@@ -29,14 +29,18 @@ VIT = tf.ViTConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> tf.PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+def tokenizer_of(words: list[str]) -> tf.PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]", model_max_length=16,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    return tokenizer_of(WORDS)
 
 
 def jsonl(path: Path, *rows: object) -> Path:
@@ -113,8 +117,10 @@ def test_templates_and_target_maps(tmp_path, tokenizer) -> None:
 
 def test_the_emotion_data_work_by_template(data_dir, tokenizer) -> None:
     path = data_dir / "text" / "emotion" / "emoint" / "train.json"
+    common = "Classify sentiment of following text into one these".split()
+    config = tf.T5Config(**T5.to_diff_dict() | {"vocab_size": 40})
     cset = load_calibration(
-        path, name="emoint", tokenizer=tokenizer, model_config=T5, template="{instruction}", target="output",
+        path, name="emoint", tokenizer=tokenizer_of(WORDS + common), model_config=config, template="{instruction}", target="output",
         selection=Selection(samples_num=60, select_long=True, if_balance=True), max_length=100,
     )  # fmt: skip
     assert len(cset) == 60 and cset.available == 5681
@@ -127,8 +133,39 @@ def test_texts_are_cut_to_the_length(tokenizer) -> None:
     long = ["good " * 40]
     assert len(load_calibration(long, name="a", tokenizer=tokenizer, max_length=5).samples[0]["input_ids"]) == 5
     assert len(load_calibration(long, name="a", tokenizer=tokenizer, model_config=BERT).samples[0]["input_ids"]) == 8
-    with pytest.raises(LoraforgeError, match="12 tokens"):
-        load_calibration(long, name="a", tokenizer=tokenizer, model_config=BERT, max_length=12)
+
+
+def test_texts_are_cut_to_the_positions_of_the_model(tokenizer) -> None:
+    texts = ["good " * 40, "a film"]
+    with pytest.warns(UserWarning, match=r"cut to the 8 tokens .*max_length 12.*1 of 2 samples"):
+        cset = load_calibration(texts, name="a", tokenizer=tokenizer, model_config=BERT, max_length=12)
+    assert [len(sample["input_ids"]) for sample in cset.samples] == [8, 2]
+    # Nothing is cut, nothing is said.
+    assert len(load_calibration(["a film"], name="a", tokenizer=tokenizer, model_config=BERT, max_length=12)) == 1
+    roberta = tf.RobertaConfig(vocab_size=20, max_position_embeddings=10, pad_token_id=1)
+    with pytest.warns(UserWarning, match="cut to the 8 tokens"):
+        cset = load_calibration(texts, name="a", tokenizer=tokenizer, model_config=roberta, max_length=12)
+    tiny = tf.RobertaModel(
+        tf.RobertaConfig(
+            vocab_size=20, max_position_embeddings=10, pad_token_id=1, hidden_size=8, num_hidden_layers=1,
+            num_attention_heads=1, intermediate_size=8,
+        )
+    )  # fmt: skip
+    assert tiny(cset.samples[0]["input_ids"][None]).last_hidden_state.shape == (1, 8, 8)
+    with pytest.raises(LoraforgeError, match="(?s)9 tokens.*at most 8"):
+        load_calibration({"input_ids": torch.full((1, 9), 3)}, name="a", model_config=roberta, max_length=4)
+
+
+def test_one_cause_in_many_samples_is_one_problem() -> None:
+    with pytest.raises(LoraforgeError) as caught:
+        load_calibration({"input_ids": torch.full((5, 3), 20)}, name="a", model_config=BERT)
+    message = str(caught.value)
+    assert not isinstance(caught.value, InputProblems) and message.count("outside the model's vocabulary") == 1
+    assert "5 times in 5 samples: sample 0, input_ids, position 0: 20; sample 1" in message
+    assert "and 2 more" in message and "sample 3" not in message
+    with pytest.raises(InputProblems) as both:
+        load_calibration({"input_ids": torch.full((20, 9), 20)}, name="a", model_config=BERT)
+    assert len(both.value.problems) == 2 and "20 times in 20 samples: sample 0, input_ids: 9 tokens" in str(both.value)
 
 
 def test_selection_comes_before_tokenising(tokenizer) -> None:
@@ -148,6 +185,33 @@ def test_the_tokenizer_comes_from_the_base(tmp_path, tokenizer, data_dir) -> Non
         load_calibration(["a"], name="a", base=data_dir / "models" / "stories260K-llama-hf")
     with pytest.raises(LoraforgeError, match="no base folder is known"):
         load_calibration(["a"], name="a")
+
+
+@pytest.mark.parametrize("config", [T5, BERT, GPT2], ids=["t5", "bert", "gpt2"])
+def test_a_tokenizer_is_never_made_up(tmp_path, config) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(LoraforgeError, match="(?s)no tokenizer files.*tokenizer.json.*safetensors"):
+        load_calibration(["a good film"], name="a", base=tmp_path, model_config=config)
+
+
+def test_unknown_words_are_refused(tmp_path, tokenizer) -> None:
+    with pytest.raises(LoraforgeError, match=r"(?s)does not know the words of this file.*10 of 11 tokens"):
+        load_calibration(["x y z u v", "good x y z u v"], name="a", tokenizer=tokenizer)
+    assert len(load_calibration(["x y z u v", "good good"], name="a", tokenizer=tokenizer)) == 2
+    # Special tokens are no words: they do not make up for unknown ones.
+    with pytest.raises(LoraforgeError, match="2 of 2 tokens"):
+        load_calibration(["x [EOS] [EOS] y [PAD]"], name="a", tokenizer=tokenizer)
+
+
+def test_a_base_in_memory_brings_its_folder(tmp_path, tokenizer) -> None:
+    T5.save_pretrained(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(LoraforgeError, match="(?s)no tokenizer files.*safetensors"):
+        load_calibration(["a good film"], name="a", model_config=config)
+    tokenizer.save_pretrained(tmp_path)
+    assert ids(load_calibration(["a good film"], name="a", model_config=config), 0) == [6, 3, 5]
+    with pytest.raises(LoraforgeError, match="(?s)no base folder is known.*safetensors"):
+        load_calibration(["a good film"], name="a", model_config=T5)
 
 
 @pytest.mark.parametrize(

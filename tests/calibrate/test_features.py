@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loraforge.calibrate.batches import Batch
 from loraforge.calibrate.features import Features
 from loraforge.calibrate.lockstep import Deltas, Visit
-from loraforge.calibrate.trace import Trace
+from loraforge.calibrate.trace import Call, Trace
 from loraforge.calibrate.weights import Collecting, Weighting
 from loraforge.errors import LoraforgeError
 
@@ -37,45 +37,59 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 class Scene:
     """q and k are fed by one tensor, o by another, `deep` runs twice, `top` reads the decoder's tokens."""
 
-    def __init__(self, both: bool = True, **changes: Any) -> None:
+    def __init__(self, both: bool = True, sample_dim: int = 0, **changes: Any) -> None:
         names = ("q", "k", "o", "deep", "top")
         self.modules = {n: nn.Linear(D, M).double() for n in names}
         self.deltas = {n: Deltas([(draw(M, 2, seed=1), draw(2, D, seed=2)), None]) for n in names}
         leaders = {n: "q" if n == "k" else n for n in names}
         axis = dict.fromkeys(names, "encoder") | {"top": "decoder", "o": "all"}
-        trace = Trace(names, {n: 2 if n == "deep" else 1 for n in names}, leaders, axis)
+        kinds = {n: [Call(axis[n], sample_dim)] * (2 if n == "deep" else 1) for n in names}
+        trace = Trace(names, kinds, leaders)
         self.features = Features(self.modules, self.deltas, trace, how(**changes))
-        self.features.start(BATCHES, both)
+        self.features.start(BATCHES)
         self.both = both
 
     def visits(self, masks: list[Tensor] = MASKS, dtype: torch.dtype = torch.float64, seed: int = 3) -> list[Visit]:
         found = []
         for i, mask in enumerate(masks):
-            x = draw((2 if self.both else 1) * len(mask), mask.shape[1], D, seed=seed + i, dtype=dtype)
-            found.append(Visit(i, x, x.new_zeros(*x.shape[:-1], M)))
+            for merged in (False, True) if self.both else (False,):
+                x = draw(len(mask), mask.shape[1], D, seed=seed + i + 100 * merged, dtype=dtype)
+                found.append(Visit(i, merged, 0, x, x.new_zeros(*x.shape[:-1], M)))
         return found
 
 
 def test_padding_is_taken_out_of_both_streams() -> None:
     scene = Scene()
     visits = scene.visits()
-    for visit, mask, (X, Xm) in zip(visits, MASKS, scene.features.pack("q", visits), strict=True):
-        half = len(mask)
-        assert torch.equal(X, visit.x[:half][mask]) and torch.equal(Xm, visit.x[half:][mask])
+    for i, (X, Xm) in enumerate(scene.features.pack("q", visits)):
+        own, merged = visits[2 * i : 2 * i + 2]
+        assert torch.equal(X, own.x[MASKS[i]]) and torch.equal(Xm, merged.x[MASKS[i]])
 
 
 def test_the_decoders_tokens_have_their_own_mask() -> None:
     scene = Scene()
     visits = scene.visits(DECODER)
     X, Xm = scene.features.pack("top", visits)[0]
-    assert torch.equal(X, visits[0].x[:2][DECODER[0]]) and torch.equal(Xm, visits[0].x[2:][DECODER[0]])
+    assert torch.equal(X, visits[0].x[DECODER[0]]) and torch.equal(Xm, visits[1].x[DECODER[0]])
 
 
 def test_without_an_axis_every_row_counts() -> None:
     scene = Scene()
     visits = scene.visits([torch.ones(2, 7), torch.ones(1, 6)])
     X, Xm = scene.features.pack("o", visits)[0]
-    assert torch.equal(X, visits[0].x[:2].reshape(-1, D)) and torch.equal(Xm, visits[0].x[2:].reshape(-1, D))
+    assert torch.equal(X, visits[0].x.reshape(-1, D)) and torch.equal(Xm, visits[1].x.reshape(-1, D))
+
+
+def test_sequence_first_inputs_are_turned() -> None:
+    """(tokens, samples, features): the rows come out as those of the same samples-first input."""
+    plain, turned = Scene(), Scene(sample_dim=1)
+    visits = turned.visits()
+    for visit in visits:
+        visit.x = visit.x.transpose(0, 1).contiguous()
+    for (X, Xm), (Y, Ym) in zip(
+        plain.features.pack("q", plain.visits()), turned.features.pack("q", visits), strict=True
+    ):
+        assert torch.equal(X, Y) and torch.equal(Xm, Ym)
 
 
 def test_the_task_stream_alone_is_one_tensor() -> None:
@@ -105,7 +119,7 @@ def test_rows_are_float32_or_float64(dtype: torch.dtype, wide: torch.dtype) -> N
     scene = Scene()
     visits = scene.visits(dtype=dtype)
     X, _ = scene.features.pack("q", visits)[0]
-    assert X.dtype == wide and torch.equal(X, visits[0].x[:2][MASKS[0]].to(wide))
+    assert X.dtype == wide and torch.equal(X, visits[0].x[MASKS[0]].to(wide))
 
 
 def test_modules_with_one_input_share_rows_and_grams() -> None:
@@ -132,7 +146,7 @@ def test_nothing_is_held_after_a_walk() -> None:
     scene = Scene()
     rows = scene.features.pack("q", scene.visits())
     scene.features.stop()
-    scene.features.start(BATCHES, True)
+    scene.features.start(BATCHES)
     assert scene.features.pack("k", scene.visits()) is not rows
 
 

@@ -33,7 +33,7 @@ IDS = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]]), "attention_mask": torc
 
 
 def trace(net: Toy, names: str = "a b c d", inputs: dict[str, Tensor] = IDS) -> Trace:
-    return trace_model(net, {name: getattr(net, name) for name in names.split()}, inputs, {})
+    return trace_model(net, {name: getattr(net, name) for name in names.split()}, [inputs], {})
 
 
 def test_order_calls_and_leaders() -> None:
@@ -59,11 +59,49 @@ def test_equal_values_in_two_tensors_are_not_shared() -> None:
 
 
 def test_one_sample_is_enough() -> None:
+    """Alone, and twice to see which dimension holds the samples."""
     net = Toy()
     seen = []
     net.a.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0]))
     trace(net)
-    assert set(seen) == {1}
+    assert set(seen) == {1, 2}
+
+
+def test_the_longest_batch_says_where_padding_is() -> None:
+    one = {key: value[:, :1] for key, value in IDS.items()}
+    net = Toy()
+    found = trace_model(net, {"a": net.a}, [one, IDS], {})
+    assert found.axis == {"a": "encoder"}
+
+
+def test_calls_without_samples_do_not_count() -> None:
+    class Relative(Toy):
+        """a reads the tokens, then a table of positions that all samples share."""
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.a(self.embed(input_ids)) + self.a(self.embed.weight[None, :3]).mean()
+
+    found = trace(Relative(), "a")
+    assert [k is not None for k in found.kinds["a"]] == [True, False]
+    assert found.calls == {"a": 1} and found.is_feed_forward
+
+
+def test_sequence_first_models_are_recognised() -> None:
+    class Turned(Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.a(self.embed(input_ids).transpose(0, 1))
+
+    assert trace(Turned(), "a").kinds["a"][0].sample_dim == 1  # type: ignore[union-attr]
+
+
+def test_samples_in_no_usable_dimension() -> None:
+    class Folded(Toy):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return self.a(self.embed.weight[None])
+
+    with pytest.raises(LoraforgeError, match="told apart") as caught:
+        trace(Folded(), "a")
+    assert caught.value.where == "a"
 
 
 def test_a_module_that_is_never_called() -> None:

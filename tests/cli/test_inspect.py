@@ -63,6 +63,7 @@ def test_a_row_an_adapter_and_the_cosines(run: Run, asked: list[Any]) -> None:
     assert ["b", "peft", "tiny", "-", "1", "2", "1", "float32", "3.25", "96", "2.0", "KiB"] in rows
     assert ["[a]", "1", "-0.125"] in rows and ["b", "-0.125", "1"] in rows
     assert "encoder.q" not in result.stdout
+    assert "Cosine between the deltas" in result.stdout.splitlines(), "a title is one line"
 
 
 def test_verbose_has_a_row_a_module(run: Run, asked: list[Any]) -> None:

@@ -133,6 +133,7 @@ def test_an_existing_output_is_refused_before_any_work(run: Run, fake_merge: Fak
     refused = run("merge", "a", "-m", "svd", "-o", out)
     assert refused.exit_code == 3 and str(out) in refused.stderr and "--overwrite" in refused.stderr
     assert fake_merge.calls == [] and [p.name for p in out.iterdir()] == ["precious"]
+    (out / "precious").rename(out / "run.json")  # now it is the output of an earlier run
     assert run("merge", "a", "-m", "svd", "-o", out, "--overwrite").exit_code == 0
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from loraforge.cli._request import check_format, check_output, pair_weights, read_calibration, read_weights
+from loraforge.cli._places import check_output, input_paths
+from loraforge.cli._request import check_format, pair_weights, read_calibration, read_weights
 from loraforge.errors import LoraforgeError, UsageError
 
 from .conftest import FakeMerge
@@ -179,6 +180,64 @@ def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "file", "")
     with pytest.raises(LoraforgeError, match="cannot be written there"):
         check_output(tmp_path / "file" / "out", overwrite=False, inputs=[])
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with `base/`, `a.jsonl`, `pictures/` and `r.yaml`, each of which a merge may read."""
+    for name in ("base", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    write(tmp_path / "a.jsonl", "{}")
+    write(tmp_path / "r.yaml", "method: iteris\nadapters: [x, y]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", ["--report", "--out"])
+@pytest.mark.parametrize("place", ["base", "base/new", "a.jsonl", "pictures/new", "r.yaml"])
+def test_no_output_replaces_what_the_merge_reads(
+    option: str, place: str, run: Run, fake_merge: FakeMerge, inputs: Path
+) -> None:
+    words = ["--base", inputs / "base", "--calibration", inputs / "a.jsonl", "--calibration", inputs / "pictures"]
+    outputs = {"--out": inputs / "out", option: inputs / place}
+    given = [word for pair in outputs.items() for word in pair]
+    result = run("merge", "--recipe", inputs / "r.yaml", *words, *given, "--overwrite")
+    assert result.exit_code == 3 and "inputs are never changed" in result.stderr, result.stderr
+    assert fake_merge.calls == []
+
+
+def test_inputs_are_local_paths(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+    assert input_paths(["x"], "google/some-model", ["hf://set", "absent.jsonl"], None) == [Path("x")]
+    spec = {"x": {"source": "a.jsonl", "template": "{text}"}, "y": "pictures"}
+    found = input_paths([], "base", spec, "r.yaml#section")
+    assert found == [Path("base"), Path("a.jsonl"), Path("pictures"), Path("r.yaml")]
+    assert input_paths([], None, None, "GLUE_t5") == []
+
+
+def test_only_a_page_is_replaced_by_a_report(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
+    words = ["merge", "x", "-m", "svd", "-o", tmp_path / "out", "--report", tmp_path / "r.html", "--overwrite"]
+    for content in ("", "notes", "<html></html>"):
+        write(tmp_path / "r.html", content)
+        result = run(*words)
+        assert result.exit_code == 3 and "no report" in result.stderr and fake_merge.calls == []
+    (tmp_path / "r.html").unlink()
+    (tmp_path / "r.html").mkdir()
+    assert "no report" in run(*words).stderr
+    (tmp_path / "r.html").rmdir()
+    write(tmp_path / "r.html", "<!DOCTYPE HTML><html></html>")
+    run(*words, "--dry-run")
+    fake_merge.before = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert run(*words).exit_code == 130 and len(fake_merge.calls) == 2, "the checks let it through"
+
+
+def test_a_foreign_output_is_refused_before_any_work(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
+    write(tmp_path / "file", "precious")
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "thesis.tex", "precious")
+    for name, reason in (("file", "a file, not a folder"), ("folder", "holds something else")):
+        result = run("merge", "x", "-m", "svd", "-o", tmp_path / name, "--overwrite")
+        assert result.exit_code == 3 and reason in result.stderr and fake_merge.calls == []
 
 
 def test_formats() -> None:

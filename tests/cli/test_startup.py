@@ -36,6 +36,18 @@ def test_help_loads_neither_torch_nor_rich(command: list[str]) -> None:
     assert modules.isdisjoint((*HEAVY, "rich", "pydantic"))
 
 
+def test_help_says_what_the_options_take() -> None:
+    def help_of(command: str) -> str:
+        line = [sys.executable, "-m", "loraforge", command, "--help"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
+        return " ".join(done.stdout.split())
+
+    merge = help_of("merge")
+    assert "default: (0; calibrated methods: 42)" in merge and "folders or files" not in merge
+    assert "any sign for sums, 0 or more for calibrated methods" in merge
+    assert "Adapter folder." in help_of("inspect") and "calibrated methods" not in help_of("demo")
+
+
 @pytest.mark.parametrize("arguments", [["methods"], ["methods", "iteris-plus"], ["methods", "--json"], ["--version"]])
 def test_the_table_of_methods_loads_no_torch(arguments: list[str]) -> None:
     assert loaded(arguments).isdisjoint(HEAVY)

@@ -31,7 +31,8 @@ def refused(**values: Any) -> str:
 def alone(name: str, value: Any) -> dict[str, Any]:
     """The value, with a fitting twin where two parameters go together."""
     twins = {"alpha_1": "alpha_2", "alpha_2": "alpha_1"}
-    return {name: value} | ({twins[name]: "auto" if value == "auto" else 1e-3} if name in twins else {})
+    extra = {"reg_ceof": 0.0} if value == "merged" else {}
+    return {name: value} | extra | ({twins[name]: "auto" if value == "auto" else 1e-3} if name in twins else {})
 
 
 def test_every_field_is_of_a_kind_that_is_checked() -> None:
@@ -42,7 +43,7 @@ def test_every_field_is_of_a_kind_that_is_checked() -> None:
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices(name: str) -> None:
     for value in FIELDS[name].metadata["choices"]:
-        assert getattr(IterisParams(**{name: value}), name) == value
+        assert getattr(IterisParams(**alone(name, value)), name) == value
     message = refused(**{name: "nonsense"})
     assert name in message and "nonsense" in message
     assert all(str(choice) in message for choice in FIELDS[name].metadata["choices"])
@@ -132,3 +133,8 @@ def test_no_torch() -> None:
     """`loraforge methods iteris-plus` and completion read this file."""
     code = "import sys, loraforge.merging.iteris_params; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_merged_target_has_nothing_to_mix() -> None:
+    assert "target=merged" in refused(target="merged", reg_ceof=0.5)
+    assert "target=merged" in refused(target="merged", reg_ceof="auto")
