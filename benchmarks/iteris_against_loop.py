@@ -26,7 +26,6 @@ ALPHA, ITERATIONS = 1e-7, 10
 TARGETS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
 SIDES = {
     "loop": "the document's loop: plain iteration, dense, 10 solves",
-    "loop-mats": "the same with MATS",
     "iteris-plus": "defaults (full-weight target, held-out alpha and rho)",
     "iteris-plus-same-problem": "the sweep on the loop's own problem: its alpha, rho, lambda and target",
 }
@@ -90,9 +89,7 @@ def run_side(side: str, folder: Path) -> None:
         batches = [
             [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in task.split(16)] for task in ids
         ]
-        result = document_loop(
-            model, by_task(adapters), batches, max_iter=ITERATIONS, alpha=ALPHA, use_mats="mats" in side
-        )
+        result = document_loop(model, by_task(adapters), batches, max_iter=ITERATIONS, alpha=ALPHA)
         deltas = result.deltas
     else:
         same = {"alpha_1": ALPHA, "alpha_2": ALPHA, "reg_ceof": 0.0, "lambda_weight": "full", "with_pretrain_matrix": 0,
