@@ -120,7 +120,8 @@ def test_the_emotion_data_work_by_template(data_dir, tokenizer) -> None:
     common = "Classify sentiment of following text into one these".split()
     config = tf.T5Config(**T5.to_diff_dict() | {"vocab_size": 40})
     cset = load_calibration(
-        path, name="emoint", tokenizer=tokenizer_of(WORDS + common), model_config=config, template="{instruction}", target="output",
+        path, name="emoint", tokenizer=tokenizer_of(WORDS + common), model_config=config,
+        template="{instruction}", target="output",
         selection=Selection(samples_num=60, select_long=True, if_balance=True), max_length=100,
     )  # fmt: skip
     assert len(cset) == 60 and cset.available == 5681
