@@ -46,7 +46,7 @@ class IterisParams:
     alpha_2: float | Auto = _param("auto", "regularisation of the Gram, relative to ||G_i||_F; auto: held-out", low=0)
     reg_ceof: float | Auto = _param("auto", "rho: share of the task model's features in X~; auto: held-out", low=0)
     folds: int = _param(2, "folds of the held-out choice of alpha and rho", low=2)
-    cross_norm: str = _param("exact", "norm that scales alpha_1: of C_i, or of G_i", ("exact", "gram"))
+    cross_norm: str = _param("gram", "norm that scales alpha_1: of C_i (exact), or of G_i", ("exact", "gram"))
     offdiag: float = _param(1.0, "factor on the off-diagonal of the Grams (RegMean's 0.9)", low=0)
     use_mats: bool = _param(True, "Anderson mixing of the fixed-point iteration")
     mats_history_size: int = _param(5, "iterates that Anderson mixing remembers", low=1)

@@ -85,6 +85,7 @@ _ITERIS = {
 }
 # The published methods: fixed small regularisation, the delta as target, none of IterIS++'s additions.
 _PLAIN: dict[str, Any] = {
+    "cross_norm": "exact",
     "use_mats": False,
     "use_camr": False,
     "use_dcs": False,

@@ -21,7 +21,7 @@ from tests.oracles import iteris as oracle
 VECTORS = json.loads((Path(__file__).parent.parent / "oracles" / "iteris_vectors.json").read_text())
 SETTINGS = VECTORS["settings"]
 PLAIN = {"use_camr": False, "use_dcs": False, "with_pretrain_matrix": 0}
-FIXED = PLAIN | {"alpha_1": SETTINGS["alpha_1"], "alpha_2": SETTINGS["alpha_2"]}
+FIXED = PLAIN | {"alpha_1": SETTINGS["alpha_1"], "alpha_2": SETTINGS["alpha_2"], "cross_norm": "exact"}
 CAMR = {"use_camr": True, "camr_alpha": SETTINGS["camr_alpha"], "camr_beta": SETTINGS["camr_beta"]}
 
 
