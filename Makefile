@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
-# Two threads: more only makes small LAPACK calls fight each other.
-export OMP_NUM_THREADS ?= 2
-export MKL_NUM_THREADS ?= 2
+# One thread: the models here are tiny, and threads that wait for each other cost more than they bring.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
