@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,79 @@ class LowRank:
         pair = self if dtype is None else self.to(dtype)
         return (pair.B @ pair.A) * self.scaling
 
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows start..stop of the dense update, (stop - start, n), in `dtype` (default: the factors' own)."""
+        return LowRank(self.B[start:stop], self.A, self.scaling).delta(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A weight update held whole: the difference of a fine-tuned weight and its base.
+
+    Attributes:
+        weight: (m, n).
+        scaling: Scalar factor.
+    """
+
+    weight: Tensor
+    scaling: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the delta."""
+        return int(self.weight.shape[0]), int(self.weight.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """The largest rank it can have, min(m, n)."""
+        return min(self.shape)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Dense:
+        """The same update in another dtype or on another device."""
+        return Dense(self.weight.to(device=device, dtype=dtype), self.scaling)
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The (m, n) update, in `dtype` (default: its own)."""
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        return weight if self.scaling == 1.0 else weight * self.scaling
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows start..stop of the update, (stop - start, n), in `dtype` (default: its own)."""
+        return Dense(self.weight[start:stop], self.scaling).delta(dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowStream:
+    """A merged update that has no low rank and is formed a block of rows at a time.
+
+    Attributes:
+        shape: (m, n).
+        dtype: Dtype in which rows come.
+        device: Device on which rows come.
+        form: (start, stop) -> rows start..stop, (stop - start, n). The same numbers however the rows are cut in blocks.
+        rank_bound: Output rank of an adapter made of it where no rank rule is given (R = sum r_i of the module).
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    form: Callable[[int, int], Tensor]
+    rank_bound: int
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows start..stop, (stop - start, n), in `dtype` (default: its own)."""
+        block = self.form(start, stop)
+        return block if dtype is None else block.to(dtype)
+
+    def delta(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense (m, n) update. For tests and small layers only."""
+        return self.rows(0, self.shape[0], dtype)
+
+
+# What a merge method reads of one adapter (or checkpoint), and what it may give.
+Update: TypeAlias = LowRank | Dense
+Merged: TypeAlias = LowRank | Dense | RowStream
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerInputs:
@@ -56,15 +129,22 @@ class LayerInputs:
     Attributes:
         module: Dotted name.
         factors: One entry an adapter, in the user's order; None where an adapter lacks the module (its delta is 0).
+            LowRank for adapters, Dense (task vectors) for full checkpoints; all of a module are of one kind.
         weights: w_i, one an adapter; already resolved (defaults, `--on-missing present`).
+        keys: One word an adapter that does not depend on the order; random draws are keyed (seed, module, key).
+        stats: One entry an adapter: (n,) float64 input statistic of the module, or None where none was given.
+        context: What the method's survey found over all modules; None for methods without one.
     """
 
     module: str
-    factors: Sequence[LowRank | None]
+    factors: Sequence[Update | None]
     weights: Sequence[float]
+    keys: Sequence[str] = ()
+    stats: Sequence[Tensor | None] = ()
+    context: Any = field(default=None, repr=False)
 
     @property
-    def present(self) -> list[tuple[float, LowRank]]:
+    def present(self) -> list[tuple[float, Update]]:
         """(w_i, factors_i) of the adapters that have this module."""
         return [(w, f) for w, f in zip(self.weights, self.factors, strict=True) if f is not None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraforge.adapters.config import CONFIG_NAME
-from loraforge.adapters.files import open_tensors
 from loraforge.adapters.keys import foreign_format, shorten
 from loraforge.errors import LoraforgeError
+from loraforge.storage.files import open_tensors
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 

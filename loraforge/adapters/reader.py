@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from loraforge.adapters.config import CONFIG_NAME, PeftSettings, parse_config, read_config
-from loraforge.adapters.files import TensorFile, open_tensors, sha256_of
 from loraforge.adapters.folder import find_weights
 from loraforge.adapters.keys import KeyTable, natural_key, shorten, sort_keys
 from loraforge.errors import LoraforgeError, raise_problems
+from loraforge.storage.files import TensorFile, open_tensors, sha256_of
 from loraforge.types import LowRank
 
 

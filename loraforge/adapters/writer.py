@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraforge.adapters.atomic import new_folder
 from loraforge.adapters.config import CONFIG_NAME
 from loraforge.adapters.folder import WEIGHT_NAMES
 from loraforge.adapters.heads import HeadsPlan
 from loraforge.adapters.keys import PREFIX, is_safe_name
 from loraforge.adapters.reader import Adapter, is_finite
 from loraforge.errors import LoraforgeError
+from loraforge.storage.atomic import new_folder
 from loraforge.types import LowRank
 
 

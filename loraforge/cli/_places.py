@@ -55,7 +55,7 @@ def check_output(out: Path, *, overwrite: bool, inputs: Sequence[str | Path]) ->
     """
     check_place(out, overwrite=overwrite, inputs=inputs)
     if out.exists():
-        from loraforge.adapters.atomic import check_target
+        from loraforge.storage.atomic import check_target
 
         check_target(out.resolve(), overwrite)
 

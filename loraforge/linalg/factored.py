@@ -21,7 +21,7 @@ from loraforge.kernels.core_svd import batched_core_svd
 from loraforge.linalg.bases import Backend, Side, column_signs, sides
 from loraforge.linalg.pool import pool_map
 from loraforge.linalg.rank import RankRule, choose
-from loraforge.types import LowRank
+from loraforge.types import Dense, LowRank, Update
 
 # Float64 factors of a batch by "is on a GPU": enough modules to spread the cost of small calls over, in little memory.
 BATCH_BYTES = {False: 16 * 2**20, True: 256 * 2**20}
@@ -77,16 +77,44 @@ def stack(pairs: Sequence[tuple[float, LowRank]]) -> LowRank:
     Raises:
         LoraforgeError: No pair was given, or shapes differ.
     """
-    if not pairs:
-        raise LoraforgeError("Nothing to sum: no adapter has this module", expected="at least one pair of factors")
-    shapes = {pair.shape for _, pair in pairs}
-    if len(shapes) > 1:
-        raise LoraforgeError("Updates of different shapes cannot be summed", got=sorted(shapes), expected="one (m, n)")
+    _check_summable([pair.shape for _, pair in pairs])
     every = [f for _, pair in pairs for f in (pair.B, pair.A)]
     dtype = torch.float64 if any(f.dtype == torch.float64 for f in every) else torch.float32
     B = torch.cat([pair.B.to(dtype) * (w * pair.scaling) for w, pair in pairs], dim=1)
     A = torch.cat([pair.A.to(dtype) for _, pair in pairs], dim=0)
     return LowRank(B, A, 1.0)
+
+
+def weighted_sum(pairs: Sequence[tuple[float, Update]]) -> Update:
+    """The exact weighted sum of updates: `stack` of factors, or the dense sum of task vectors.
+
+    Args:
+        pairs: (w_i, update_i), all of one (m, n) and all of one kind.
+
+    Raises:
+        LoraforgeError: No pair was given, shapes differ, or factors and task vectors are mixed.
+    """
+    low = [(w, update) for w, update in pairs if isinstance(update, LowRank)]
+    if len(low) == len(pairs):
+        return stack(low)
+    if low:
+        raise LoraforgeError("Adapters and full checkpoints cannot be summed", expected="one kind of input")
+    _check_summable([update.shape for _, update in pairs])
+    wide = any(update.delta().dtype == torch.float64 for _, update in pairs)
+    total = torch.zeros(pairs[0][1].shape, dtype=torch.float64 if wide else torch.float32)
+    total = total.to(pairs[0][1].delta().device)
+    for w, update in pairs:
+        total.add_(update.delta(total.dtype), alpha=w)
+    return Dense(total)
+
+
+def _check_summable(shapes: Sequence[tuple[int, int]]) -> None:
+    if not shapes:
+        raise LoraforgeError("Nothing to sum: no adapter has this module", expected="at least one pair of factors")
+    if len(set(shapes)) > 1:
+        raise LoraforgeError(
+            "Updates of different shapes cannot be summed", got=sorted(set(shapes)), expected="one (m, n)"
+        )
 
 
 def decompose(lr: LowRank, backend: Backend = "auto") -> FactoredSVD:
@@ -195,21 +223,29 @@ def pad(lr: LowRank, k: int) -> LowRank:
     )
 
 
-def inner(a: LowRank, b: LowRank) -> float:
-    """<delta_a, delta_b>_F from the factors: sum((B_a^T B_b) * (A_a A_b^T)), accumulated in float64.
+def inner(a: Update, b: Update) -> float:
+    """<delta_a, delta_b>_F, accumulated in float64; of factors as sum((B_a^T B_b) * (A_a A_b^T)).
 
     Raises:
-        LoraforgeError: The updates differ in shape.
+        LoraforgeError: The updates differ in shape or kind.
     """
     if a.shape != b.shape:
         raise LoraforgeError("Updates of different shapes have no inner product", got=a.shape, expected=b.shape)
-    left = a.B.to(torch.float64).T @ b.B.to(torch.float64)
-    right = a.A.to(torch.float64) @ b.A.to(torch.float64).T
-    return float((left * right).sum()) * a.scaling * b.scaling
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        left = a.B.to(torch.float64).T @ b.B.to(torch.float64)
+        right = a.A.to(torch.float64) @ b.A.to(torch.float64).T
+        return float((left * right).sum()) * a.scaling * b.scaling
+    x, y = a.delta(), b.delta()
+    rows = max(1, 2**20 // max(1, a.shape[1]))
+    blocks = [
+        (x[i : i + rows].to(torch.float64) * y[i : i + rows].to(torch.float64)).sum()
+        for i in range(0, a.shape[0], rows)
+    ]
+    return math.fsum(float(block) for block in blocks)
 
 
-def norm(a: LowRank) -> float:
-    """Frobenius norm of an update from its factors."""
+def norm(a: Update) -> float:
+    """Frobenius norm of an update."""
     return math.sqrt(max(inner(a, a), 0.0))
 
 

@@ -8,12 +8,12 @@ The form of PEFT's `cat`. Cost: one copy of the factors.
 
 from __future__ import annotations
 
-from loraforge.linalg.factored import stack
+from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.methods import NoParams
-from loraforge.types import LayerInputs, LowRank
+from loraforge.types import LayerInputs, Update
 
 
-def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
+def merge_layer(layer: LayerInputs, params: NoParams) -> Update:
     """Factors of one module side by side: B (m, R), A (R, n), scaling 1.
 
     Args:
@@ -23,4 +23,4 @@ def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
     Returns:
         The exact sum; rows of A are the adapters' own, in the user's order.
     """
-    return stack(layer.present)
+    return weighted_sum(layer.present)

@@ -5,77 +5,12 @@ A method is one row here and one file beside this one. `params` and `function` a
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from loraforge.errors import UsageError, did_you_mean
+from loraforge.merging.row import MethodRow, NoParams
 
-
-@dataclass(frozen=True, slots=True)
-class MethodRow:
-    """One merge method.
-
-    Attributes:
-        name: The word on the command line.
-        title: The idea in about eight words.
-        needs: "adapters" (nothing else) or "calibration" (base model and calibration data).
-        output: Rank of the result.
-        cost: Leading cost a module.
-        paper: Source.
-        params: "module:Class" of the frozen dataclass of parameters (the module must not import torch).
-        function: "module:function": `merge_layer(LayerInputs, Params) -> LowRank`, or `solve_layer` if calibrated.
-        default_weight: "one" (sums) or "mean" (1/N).
-        default_rank: "full" (rank R, lossless) or "max" (the largest r_i of the module).
-        defaults: Parameter defaults that differ from the dataclass (families share parameters, not copies).
-    """
-
-    name: str
-    title: str
-    needs: Literal["adapters", "calibration"]
-    output: str
-    cost: str
-    paper: str
-    params: str
-    function: str
-    default_weight: Literal["one", "mean"] = "one"
-    default_rank: Literal["full", "max"] = "full"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-
-    def params_class(self) -> type[Any]:
-        """The dataclass of this method's parameters."""
-        found: type[Any] = _load(self.params)
-        return found
-
-    def make_params(self, values: Mapping[str, Any] | None = None) -> Any:
-        """The parameters with this row's defaults and the user's values.
-
-        Raises:
-            UsageError: An unknown name (with the closest known one) or a value outside the allowed set.
-        """
-        cls = self.params_class()
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in values or {}:
-            if key not in known:
-                raise UsageError(
-                    f"unknown parameter '{key}' of method '{self.name}'",
-                    hint=did_you_mean(key, known) if known else f"'{self.name}' has no parameters",
-                )
-        return cls(**{**self.defaults, **(values or {})})
-
-    def load_function(self) -> Callable[..., Any]:
-        """The method's function (imports torch)."""
-        found: Callable[..., Any] = _load(self.function)
-        return found
-
-
-def _load(target: str) -> Any:
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
+__all__ = ["METHODS", "MethodRow", "NoParams", "find_method"]
 
 _ITERIS = {
     "needs": "calibration",
@@ -93,12 +28,7 @@ _PLAIN: dict[str, Any] = {
     "with_pretrain_matrix": 0,
 }
 _REGMEAN = _PLAIN | {"alpha_1": 1e-6, "alpha_2": 1e-6, "lambda_weight": "none"}
-_NO_PARAMS = "loraforge.merging.methods:NoParams"
-
-
-@dataclass(frozen=True)
-class NoParams:
-    """A method without parameters of its own."""
+_NO_PARAMS = "loraforge.merging.row:NoParams"
 
 
 _ROWS: tuple[MethodRow, ...] = (

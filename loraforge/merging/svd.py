@@ -10,13 +10,13 @@ Cost: (m + n) R^2 + R^3 a module, R = sum r_i.
 
 from __future__ import annotations
 
-from loraforge.linalg.factored import stack
+from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.methods import NoParams
-from loraforge.types import LayerInputs, LowRank
+from loraforge.types import LayerInputs, Update
 
 
-def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
-    """Weighted sum of one module, to be cut to rank k: B (m, R), A (R, n), scaling 1.
+def merge_layer(layer: LayerInputs, params: NoParams) -> Update:
+    """Weighted sum of one module, to be cut to rank k: B (m, R), A (R, n); dense of checkpoints.
 
     Args:
         layer: Factors and weights of the module.
@@ -25,4 +25,4 @@ def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
     Returns:
         The exact sum, before the rank rule.
     """
-    return stack(layer.present)
+    return weighted_sum(layer.present)

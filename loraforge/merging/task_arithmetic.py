@@ -8,13 +8,13 @@ Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089
 
 from __future__ import annotations
 
-from loraforge.linalg.factored import stack
+from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.methods import NoParams
-from loraforge.types import LayerInputs, LowRank
+from loraforge.types import LayerInputs, Update
 
 
-def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
-    """Weighted sum of one module: B (m, R), A (R, n), scaling 1.
+def merge_layer(layer: LayerInputs, params: NoParams) -> Update:
+    """Weighted sum of one module: B (m, R), A (R, n), scaling 1; of full checkpoints the dense (m, n) sum.
 
     Args:
         layer: Factors and weights of the module.
@@ -23,4 +23,4 @@ def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
     Returns:
         The exact sum, before any rank rule.
     """
-    return stack(layer.present)
+    return weighted_sum(layer.present)

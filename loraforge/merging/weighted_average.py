@@ -10,13 +10,13 @@ Model soups for updates (Wortsman et al., ICML 2022, arXiv 2203.05482). Cost: on
 
 from __future__ import annotations
 
-from loraforge.linalg.factored import stack
+from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.methods import NoParams
-from loraforge.types import LayerInputs, LowRank
+from loraforge.types import LayerInputs, Update
 
 
-def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
-    """Weighted mean of one module: B (m, R), A (R, n), scaling 1.
+def merge_layer(layer: LayerInputs, params: NoParams) -> Update:
+    """Weighted mean of one module: B (m, R), A (R, n), scaling 1; of full checkpoints the dense (m, n) sum.
 
     Args:
         layer: Factors and weights of the module.
@@ -25,4 +25,4 @@ def merge_layer(layer: LayerInputs, params: NoParams) -> LowRank:
     Returns:
         The exact mean, before any rank rule.
     """
-    return stack(layer.present)
+    return weighted_sum(layer.present)

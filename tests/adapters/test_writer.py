@@ -215,7 +215,7 @@ def test_a_failing_source_leaves_no_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_failing_rename_keeps_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
-    from loraforge.adapters import atomic
+    from loraforge.storage import atomic
 
     out = write_adapter(tmp_path / "out", modules(RANKS), META)
     before = tree(tmp_path)

@@ -1,0 +1,123 @@
+"""The core of a module: orthonormal bases of all adapters' factors, and each delta as a small matrix between them.
+
+With L = [w_1 s_1 B_1 | ...] (m, R) and A = [A_1; ...] (R, n): thin QR of both sides, then a rank trim by the SVD of
+each triangle, gives Q_l (m, p), Q_a (n, q) and blocks C_i (p, q) with
+
+    w_i D_i = w_i s_i B_i A_i = Q_l C_i Q_a^T   exactly (to rounding, float64).
+
+Q_l are the left singular vectors of L and Q_a the right ones of A, signs fixed: the convention of core space merging
+(Panariello et al., arXiv 2509.17786). Whatever a spectral rule does to the m x n matrices it does to the blocks:
+orthonormal factors pass through an SVD. Full checkpoints have identity bases: their blocks are the task vectors.
+
+Cost: 2 (m + n) R^2 + O(R^3) and (m + n) R memory, against m n min(m, n) and N m n densely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraforge.errors import LoraforgeError
+from loraforge.linalg.bases import column_signs
+from loraforge.linalg.rank import numerical_rank
+from loraforge.types import Dense, LayerInputs, LowRank, Update
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Core:
+    """The deltas of one module between shared bases, everything float64.
+
+    Attributes:
+        left: (m, p) orthonormal columns, or None for the identity.
+        right: (n, q) orthonormal columns, or None for the identity.
+        blocks: C_i (p, q) with weight and scaling folded in, one an adapter; None where it lacks the module.
+        dtype: Dtype of the result: float64 where any input is, else float32.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    blocks: Sequence[Tensor | None]
+    dtype: torch.dtype
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The blocks of the adapters that have the module."""
+        return [block for block in self.blocks if block is not None]
+
+    def total(self) -> Tensor:
+        """Sum of the blocks, (p, q)."""
+        return torch.stack(self.present).sum(dim=0)
+
+    def lift(self, M: Tensor) -> Update:
+        """Q_l M Q_a^T for M (p, q): a LowRank of rank min(p, q), or Dense where the bases are identities."""
+        if self.left is None or self.right is None:
+            return Dense(M.to(self.dtype))
+        p, q = M.shape
+        B, A = (self.left @ M, self.right.T) if q <= p else (self.left, M @ self.right.T)
+        return LowRank(B.to(self.dtype).contiguous(), A.to(self.dtype).contiguous())
+
+    def lift_triplets(self, U: Tensor, S: Tensor, V: Tensor) -> Update:
+        """Q_l U diag(S) V^T Q_a^T for U (p, k), S (k,), V (q, k), sqrt(S) on both sides."""
+        root = S.sqrt()
+        B, A = U * root, (V * root).T
+        if self.left is None or self.right is None:
+            return Dense((B @ A).to(self.dtype))
+        return LowRank((self.left @ B).to(self.dtype), (A @ self.right.T).to(self.dtype).contiguous())
+
+
+def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
+    """The core of a module.
+
+    Args:
+        layer: Factors (or task vectors) and weights of the module.
+        weighted: Fold w_i into the blocks.
+
+    Returns:
+        Bases and blocks. Directions below the rounding of the inputs are dropped, so linearly dependent adapters give a
+        smaller core; p = q = 0 cannot occur: a module of zeros keeps one direction.
+
+    Raises:
+        LoraforgeError: No adapter has the module, shapes differ, or a factor holds NaN or Inf.
+    """
+    pairs = [(w if weighted else 1.0, f) for w, f in zip(layer.weights, layer.factors, strict=True)]
+    present = [f for _, f in pairs if f is not None]
+    if not present or len({f.shape for f in present}) > 1:
+        raise LoraforgeError(
+            "The deltas of a module do not fit together", where=layer.module, got=[f.shape for f in present]
+        )
+    if all(isinstance(f, Dense) for f in present):
+        dtype = torch.float64 if any(f.delta().dtype == torch.float64 for f in present) else torch.float32
+        return Core(None, None, [None if f is None else f.delta(torch.float64) * w for w, f in pairs], dtype)
+    low = [(w, f if isinstance(f, LowRank) else None) for w, f in pairs]
+    wide = any(t.dtype == torch.float64 for _, f in low if f is not None for t in (f.B, f.A))
+    dtype = torch.float64 if wide else torch.float32
+    B = torch.cat([f.B.to(torch.float64) * (w * f.scaling) for w, f in low if f is not None], dim=1)
+    A = torch.cat([f.A.to(torch.float64) for _, f in low if f is not None], dim=0)
+    left, over = _basis(B, dtype)
+    right, under = _basis(A.T, dtype)
+    blocks: list[Tensor | None] = []
+    start = 0
+    for _, f in low:
+        if f is None:
+            blocks.append(None)
+            continue
+        part = slice(start, start + f.rank)
+        blocks.append(over[:, part] @ under[:, part].T)
+        start += f.rank
+    return Core(left, right, blocks, dtype)
+
+
+def _basis(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left singular vectors Q (rows, p) of `columns` (rows, R) above its rounding, and Q^T columns (p, R)."""
+    Q, triangle = torch.linalg.qr(columns)
+    if not bool(torch.isfinite(triangle).all()):
+        raise LoraforgeError("Factors hold NaN or Inf", got=tuple(columns.shape))
+    U, S, Vh = torch.linalg.svd(triangle, full_matrices=False)
+    p = max(1, numerical_rank(S.to(dtype)))
+    U, S, Vh = U[:, :p], S[:p], Vh[:p]
+    basis = Q @ U
+    sign = column_signs(basis)
+    return basis * sign, (S * sign)[:, None] * Vh
