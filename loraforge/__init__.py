@@ -19,6 +19,9 @@ _PUBLIC = {
     "MergeResult": "loraforge.merging.result",
     "METHODS": "loraforge.merging.methods",
     "inspect": "loraforge.inspection",
+    "collect_stats": "loraforge.input_stats",
+    "merge_stats": "loraforge.input_stats",
+    "load_stats": "loraforge.input_stats",
     "open_adapter": "loraforge.adapters",
     "run_demo": "loraforge.demo",
     "LowRank": "loraforge.types",
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from loraforge.demo import run_demo as run_demo
     from loraforge.errors import LoraforgeError as LoraforgeError
     from loraforge.errors import UsageError as UsageError
+    from loraforge.input_stats import collect_stats as collect_stats
+    from loraforge.input_stats import load_stats as load_stats
+    from loraforge.input_stats import merge_stats as merge_stats
     from loraforge.inspection import inspect as inspect
     from loraforge.merging.methods import METHODS as METHODS
     from loraforge.merging.result import MergeResult as MergeResult

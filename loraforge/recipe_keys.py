@@ -109,9 +109,12 @@ OPTIONS: dict[str, Reader] = {
     **dict.fromkeys(("weights", "adapter_alpha"), numbers),
     **dict.fromkeys(("rank", "min_rank", "max_rank", "seed", "samples", "max_length"), whole),
     **dict.fromkeys(("batch_tokens", "adapter_rank", "eval_batch_size"), whole),
-    **dict.fromkeys(("uniform_rank", "overwrite", "force"), flag),
-    "energy": number,
+    **dict.fromkeys(("uniform_rank", "overwrite", "force", "resume", "ignore_unknown"), flag),
+    **dict.fromkeys(("energy", "nuclear", "ratio", "fro_error"), number),
+    "budget": whole,
+    "post": text,
     "calibration": sources,
+    "stats": sources,
     "params": lambda value: value,
 }
 # Parameters of the calibrated methods, which may also stand at the top level.

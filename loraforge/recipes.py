@@ -33,7 +33,7 @@ _SECTION_MARKS = {"task_targets", "model_name", "manual_ceof", "samples_num"}
 # What a recipe says that is no argument of `loraforge.merge`.
 _NOT_ARGUMENTS = (
     "name", "description", "paper", "notes", "tasks", "adapter_rank", "adapter_alpha", "eval_batch_size", "out",
-    "report", "overwrite", "format",
+    "report", "overwrite",
 )  # fmt: skip
 
 

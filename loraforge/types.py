@@ -134,6 +134,7 @@ class LayerInputs:
         keys: One word an adapter that does not depend on the order; random draws are keyed (seed, module, key).
         stats: One entry an adapter: (n,) float64 input statistic of the module, or None where none was given.
         context: What the method's survey found over all modules; None for methods without one.
+        only_present: Adapters that lack the module do not count (`--on-missing present`); otherwise their delta is 0.
     """
 
     module: str
@@ -142,11 +143,17 @@ class LayerInputs:
     keys: Sequence[str] = ()
     stats: Sequence[Tensor | None] = ()
     context: Any = field(default=None, repr=False)
+    only_present: bool = False
 
     @property
     def present(self) -> list[tuple[float, Update]]:
         """(w_i, factors_i) of the adapters that have this module."""
         return [(w, f) for w, f in zip(self.weights, self.factors, strict=True) if f is not None]
+
+    @property
+    def count(self) -> int:
+        """N, the adapters that a mean over this module runs over."""
+        return len(self.present) if self.only_present else len(self.factors)
 
     @property
     def shape(self) -> tuple[int, int]:

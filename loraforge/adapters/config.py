@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraforge.adapters.fields import Fields
 from loraforge.errors import LoraforgeError, raise_problems
 
 CONFIG_NAME = "adapter_config.json"
@@ -17,7 +18,6 @@ CONFIG_NAME = "adapter_config.json"
 _SHIFTED_BASE = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 # Fields that, when set, make the update something else than scaling * B A added to the weight.
 _FEATURES = {
-    "use_dora": "DoRA",
     "alora_invocation_tokens": "aLoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -27,9 +27,8 @@ _FEATURES = {
     "arrow_config": "Arrow",
     "megatron_config": "Megatron parallel layers",
     "layer_replication": "layer replication",
-    "lora_bias": "a bias on lora_B (lora_bias)",
-    "target_parameters": "adapted parameters (target_parameters, mixture-of-experts weights)",
 }
+_KINDS = ("LORA", "LOHA", "LOKR")
 # PEFT adds these to modules_to_save by itself.
 _TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -43,7 +42,7 @@ class PeftSettings:
     """The part of a PEFT LoRA configuration that reading needs.
 
     Attributes:
-        r: Default rank.
+        r: Default rank; 0 where no configuration says: the shapes do then, and every scale is 1 (alpha = r).
         alpha: Default lora_alpha.
         rank_pattern: (key pattern, rank) in file order.
         alpha_pattern: (key pattern, alpha) in file order.
@@ -51,6 +50,9 @@ class PeftSettings:
         fan_in_fan_out: The base layers are Conv1D; the factors are B (m, r), A (r, n) all the same.
         bias: "none", "all" or "lora_only".
         head_names: Module names saved in full: modules_to_save and what PEFT adds for the task.
+        kind: "LORA", "LOHA" or "LOKR".
+        dora: Every module has a DoRA magnitude.
+        target_parameters: Adapted parameters (experts), in their order.
     """
 
     r: int
@@ -61,13 +63,23 @@ class PeftSettings:
     fan_in_fan_out: bool
     bias: str
     head_names: frozenset[str]
+    kind: str = "LORA"
+    dora: bool = False
+    target_parameters: tuple[str, ...] = ()
+
+    @classmethod
+    def unknown(cls) -> PeftSettings:
+        """Settings of a file without a configuration."""
+        return cls(0, 0.0, (), (), False, False, "none", frozenset())
 
     def rank_of(self, module: str) -> int:
-        """Rank that the configuration gives a module."""
+        """Rank that the configuration gives a module; 0 where it does not say."""
         return int(first_match(self.rank_pattern, module, self.r))
 
     def scaling_of(self, module: str, rank: int) -> float:
         """Scale of a module of this rank: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        if not self.r:
+            return 1.0
         alpha = first_match(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -109,33 +121,38 @@ def parse_config(config: dict[str, Any], path: Path) -> PeftSettings:
         path: The file, for messages.
 
     Raises:
-        LoraforgeError: Not LoRA, an unsupported feature, or fields of wrong type; several problems come together.
+        LoraforgeError: Neither LoRA nor LoHa nor LoKr, an unsupported feature, or fields of wrong type; several
+            problems come together.
     """
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in _KINDS:
         raise LoraforgeError(
-            "This is not a LoRA adapter", where=f"{path}: peft_type", got=kind, expected="LORA", hint=_OTHER_KINDS
+            "This is not a LoRA adapter",
+            where=f"{path}: peft_type",
+            got=kind,
+            expected=", ".join(_KINDS),
+            hint="OFT, BOFT, IA3, VeRA, AdaLoRA and prompt tuning are no low-rank sums and cannot be merged",
         )
     problems = _unsupported(config, path)
-    fields = _Fields(config, path, problems)
+    fields = Fields(config, path, problems)
     settings = PeftSettings(
         r=int(fields.number("r", integer=True)),
-        alpha=fields.number("lora_alpha"),
+        alpha=fields.number("lora_alpha" if kind == "LORA" else "alpha"),
         rank_pattern=fields.pattern("rank_pattern", integer=True),
         alpha_pattern=fields.pattern("alpha_pattern"),
         rslora=fields.flag("use_rslora"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
         bias=fields.choice("bias", ("none", "all", "lora_only")),
         head_names=fields.names("modules_to_save") | frozenset(_TASK_HEADS.get(str(config.get("task_type")), ())),
+        kind=kind,
+        dora=fields.flag("use_dora"),
+        target_parameters=fields.listed("target_parameters"),
     )
     for field in ("base_model_name_or_path", "task_type"):
         if config.get(field) is not None and not isinstance(config[field], str):
             fields.wrong(field, "a string or null")
     raise_problems(problems)
     return settings
-
-
-_OTHER_KINDS = "only LoRA adapters can be merged; LoHa, LoKr, OFT, IA3, AdaLoRA and prompt tuning are not supported"
 
 
 def _unsupported(config: dict[str, Any], path: Path) -> list[LoraforgeError]:
@@ -165,63 +182,3 @@ def _unsupported(config: dict[str, Any], path: Path) -> list[LoraforgeError]:
             )
         )
     return problems
-
-
-class _Fields:
-    """Reads typed fields and collects what is wrong with them."""
-
-    def __init__(self, config: dict[str, Any], path: Path, problems: list[LoraforgeError]) -> None:
-        self.config, self.path, self.problems = config, path, problems
-
-    def wrong(self, field: str, expected: str) -> None:
-        got = json.dumps(self.config[field])[:200] if field in self.config else "nothing"
-        self.problems.append(
-            LoraforgeError(
-                "A field of the configuration is wrong", where=f"{self.path}: {field}", got=got, expected=expected
-            )
-        )
-
-    def number(self, field: str, integer: bool = False) -> float:
-        value = self.config.get(field)
-        if not _is_number(value, integer):
-            self.wrong(field, "a positive whole number" if integer else "a finite number")
-            return 1.0
-        return float(value)  # type: ignore[arg-type]
-
-    def pattern(self, field: str, integer: bool = False) -> tuple[tuple[str, float], ...]:
-        value = self.config.get(field) or {}
-        if not isinstance(value, dict) or not all(_is_number(v, integer) for v in value.values()):
-            self.wrong(field, "an object of name patterns and positive whole numbers" if integer else "name: number")
-            return ()
-        for key in value:
-            try:
-                re.compile(key)
-            except re.error:
-                self.wrong(field, f"valid regular expressions; {key!r} is none")
-                return ()
-        return tuple((key, float(v)) for key, v in value.items())
-
-    def flag(self, field: str) -> bool:
-        value = self.config.get(field)
-        if value not in (None, True, False):
-            self.wrong(field, "true or false")
-        return bool(value)
-
-    def choice(self, field: str, allowed: tuple[str, ...]) -> str:
-        value = self.config.get(field) or allowed[0]
-        if value not in allowed:
-            self.wrong(field, " or ".join(allowed))
-        return str(value)
-
-    def names(self, field: str) -> frozenset[str]:
-        value = self.config.get(field) or []
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            self.wrong(field, "a list of module names or null")
-            return frozenset()
-        return frozenset(value)
-
-
-def _is_number(value: object, integer: bool) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, int) and value > 0 if integer else math.isfinite(value)

@@ -1,58 +1,53 @@
-"""Which files make an adapter folder, and what to say of something that is none."""
+"""Which files make an adapter, and what to say of something that is none."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from loraforge.adapters.config import CONFIG_NAME
-from loraforge.adapters.keys import foreign_format, shorten
+from loraforge.adapters.keys import shorten
 from loraforge.errors import LoraforgeError
-from loraforge.storage.files import open_tensors
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_WANTED = "a PEFT folder with adapter_config.json and adapter_model.safetensors, or one .safetensors file"
 
 
-def find_weights(folder: Path) -> Path:
-    """The file of tensors in a PEFT folder, .safetensors before .bin.
+def find_weights(path: Path) -> tuple[Path, Path | None]:
+    """The file of tensors of an adapter and its configuration, None where there is none.
+
+    Args:
+        path: A PEFT folder (.safetensors before .bin), a folder with just one file of tensors, or such a file.
 
     Raises:
-        LoraforgeError: No such folder, a bare file, no configuration or no weights.
+        LoraforgeError: No such path, no weights, or several files of which none is named as PEFT does.
     """
-    wanted = "a PEFT folder with adapter_config.json and adapter_model.safetensors"
-    if folder.is_file():
-        what = f"; it holds {kind}" if (kind := _kind_of(folder)) else ""
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise LoraforgeError(
+                "The file is no file of tensors", where=path, got=path.suffix or "no suffix", expected=_WANTED
+            )
+        config = path.parent / CONFIG_NAME
+        return path, config if config.is_file() else None
+    if not path.is_dir():
+        raise LoraforgeError("There is no such adapter folder or file", where=path, expected=_WANTED)
+    config = path / CONFIG_NAME
+    named = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
+    inside = shorten(sorted(entry.name for entry in path.iterdir())) or "an empty folder"
+    if config.is_file():
+        if named is None:
+            raise LoraforgeError(
+                "The folder has no weights", where=path, got=inside, expected=" or ".join(WEIGHT_NAMES)
+            )
+        return named, config
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    files = [file for file in files if file.suffix == ".safetensors"] or files
+    if len(files) != 1:
         raise LoraforgeError(
-            f"A single file was given where an adapter folder is needed{what}",
-            where=folder,
-            expected=wanted,
-            hint="name the folder; a file without a configuration has no scale",
+            "The folder has no adapter_config.json" + (" and several files of tensors" if files else ""),
+            where=path,
+            got=inside,
+            expected=_WANTED,
+            hint="name the file itself" if files else None,
         )
-    if not folder.is_dir():
-        raise LoraforgeError("There is no such adapter folder", where=folder, expected=wanted)
-    found = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-    if not (folder / CONFIG_NAME).is_file():
-        kinds = [kind for other in sorted(folder.glob("*.safetensors"))[:4] if (kind := _kind_of(other))]
-        raise LoraforgeError(
-            "The folder has no adapter_config.json" + (f"; it holds {kinds[0]}" if kinds else ""),
-            where=folder,
-            got=shorten(sorted(entry.name for entry in folder.iterdir())) or "an empty folder",
-            expected=wanted,
-        )
-    if found is None:
-        raise LoraforgeError(
-            "The folder has no weights",
-            where=folder,
-            got=shorten(sorted(entry.name for entry in folder.iterdir())),
-            expected=" or ".join(WEIGHT_NAMES),
-        )
-    return found
-
-
-def _kind_of(path: Path) -> str | None:
-    """Unsupported format of a file of tensors in words, None where it is PEFT's or cannot be told."""
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        return foreign_format(open_tensors(path).shapes)
-    except LoraforgeError:
-        return "no readable tensors"
+    return files[0], None

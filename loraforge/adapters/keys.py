@@ -1,108 +1,20 @@
-"""Names of tensors in a PEFT LoRA file, sorted into factors, heads and extras.
+"""Names of tensors: what is safe, what is a head or an extra of a PEFT file, and how names are listed and sorted.
 
-A factor is `base_model.model.<module>.lora_A.weight` or `.lora_B.weight`. A head is a module saved in full
-(modules_to_save). Extras are biases, trained token rows and base weights that some adapters carry. Everything else is
-an error that lists the keys: nothing is read by halves.
+A head is a module saved in full (modules_to_save). Extras are biases, trained token rows and base weights that some
+adapters carry.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from loraforge.adapters.config import PeftSettings
 from loraforge.errors import LoraforgeError
 
 PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _SAFE_NAME = re.compile(r"[^\x00-\x1f\x7f/\\]+")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-# Keys of features that are refused by name, in the order of looking.
-_FOREIGN = (
-    (re.compile(r"lora_magnitude_vector|dora_scale"), "DoRA magnitudes"),
-    (re.compile(r"\.lora_embedding_[AB]"), "LoRA on an embedding (lora_embedding_A/B)"),
-    (re.compile(r"\.lora_[AB]\.bias$"), "a bias on lora_B (lora_bias)"),
-    (re.compile(r"\.lora_(diag|E|ranknum)\b"), "KaSA or AdaLoRA tensors"),
-    (re.compile(r"^w_[ab]_\d+$"), "Sam_LoRA tensors (w_a_000, w_b_000)"),
-    (re.compile(r"^lora_(unet|te\d?|transformer)_|lora_(up|down|mid)\.weight$"), "kohya tensors (lora_up, lora_down)"),
-    (re.compile(r"\.lora\.(up|down)\.weight$|lora_linear_layer"), "diffusers tensors (lora.up, lora.down)"),
-    (re.compile(r"\.(hada|lokr|oft|boft|ia3|vera)_"), "LyCORIS, OFT, IA3 or VeRA tensors"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyTable:
-    """Where everything is in a file.
-
-    Attributes:
-        factors: module -> (key of A, key of B), both present.
-        heads: name without prefix -> key in the file.
-        extras: name without prefix -> key in the file.
-    """
-
-    factors: dict[str, tuple[str, str]]
-    heads: dict[str, str]
-    extras: dict[str, str]
-
-
-def foreign_format(keys: Iterable[str]) -> str | None:
-    """What kind of unsupported tensors `keys` holds, in words, or None."""
-    listed = list(keys)
-    return next((name for pattern, name in _FOREIGN if any(pattern.search(key) for key in listed)), None)
-
-
-def sort_keys(keys: Iterable[str], settings: PeftSettings, path: Path) -> tuple[KeyTable, list[LoraforgeError]]:
-    """Sorts the keys of a PEFT file.
-
-    Args:
-        keys: Every key of the file.
-        settings: The adapter's configuration.
-        path: The file, for messages.
-
-    Returns:
-        The table of what is well-formed, and the problems.
-    """
-    factors: dict[str, dict[str, str]] = {}
-    table = KeyTable({}, {}, {})
-    refused: dict[str, list[str]] = {}
-    for key in sorted(keys):
-        name = key.removeprefix(PREFIX)
-        match = _FACTOR.fullmatch(name)
-        foreign = foreign_format([key])
-        if not is_safe_name(name):
-            refused.setdefault("has names that are not dotted module names", []).append(key)
-        elif match is not None and name != key:
-            factors.setdefault(match["module"], {})[match["side"]] = key
-        elif foreign is not None:
-            refused.setdefault(f"holds {foreign}, which are not supported", []).append(key)
-        elif name == key:
-            refused.setdefault(f"has keys that do not start with '{PREFIX}'", []).append(key)
-        elif head_module(name, settings) is not None:
-            table.heads[name] = key
-        elif is_extra(name, settings):
-            table.extras[name] = key
-        else:
-            refused.setdefault("has keys that are no part of a LoRA adapter", []).append(key)
-    problems = [
-        LoraforgeError(f"The adapter {what}", where=path, got=shorten(names), expected="PEFT LoRA keys")
-        for what, names in refused.items()
-    ]
-    for module, pair in factors.items():
-        if len(pair) == 2:
-            table.factors[module] = (pair["A"], pair["B"])
-            continue
-        have = next(iter(pair))
-        problems.append(
-            LoraforgeError(
-                f"Module '{module}' has lora_{have} but no lora_{'B' if have == 'A' else 'A'}",
-                where=f"{path}: {pair[have]}",
-                expected="both factors",
-                hint="the file is incomplete; save or copy the adapter again",
-            )
-        )
-    return table, problems
 
 
 def head_module(name: str, settings: PeftSettings) -> str | None:
@@ -143,3 +55,16 @@ def shorten(names: Iterable[str], limit: int = 8) -> str:
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def join_alike(problems: Sequence[LoraforgeError], limit: int = 5) -> list[LoraforgeError]:
+    """At most `limit` problems of one kind, and one more that says how many were left out."""
+    kept: list[LoraforgeError] = []
+    counts: dict[str, int] = {}
+    for problem in problems:
+        kind = problem.what.partition("'")[0]
+        counts[kind] = counts.get(kind, 0) + 1
+        if counts[kind] <= limit:
+            kept.append(problem)
+    more = {kind: count - limit for kind, count in counts.items() if count > limit}
+    return kept + [LoraforgeError(f"{count} more like: {kind.strip()}") for kind, count in more.items()]

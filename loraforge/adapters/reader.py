@@ -1,9 +1,9 @@
-"""A PEFT LoRA adapter on disk, read module by module."""
+"""A LoRA adapter on disk, of any supported format, read module by module."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,60 +11,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraforge.adapters.config import CONFIG_NAME, PeftSettings, parse_config, read_config
-from loraforge.adapters.folder import find_weights
-from loraforge.adapters.keys import KeyTable, natural_key, shorten, sort_keys
-from loraforge.errors import LoraforgeError, raise_problems
-from loraforge.storage.files import TensorFile, open_tensors, sha256_of
+from loraforge.adapters.config import PeftSettings
+from loraforge.adapters.formats.parts import Contents, ModuleInfo, Part
+from loraforge.adapters.keys import natural_key
+from loraforge.errors import LoraforgeError
+from loraforge.storage.files import TensorFile, sha256_of
 from loraforge.types import LowRank
 
+__all__ = ["Adapter", "ModuleInfo", "is_finite"]
 
-@dataclass(frozen=True, slots=True)
-class ModuleInfo:
-    """What the header and the configuration say of one module.
-
-    Attributes:
-        rank: r, from the shapes of the factors.
-        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        m: Rows of B, the outputs.
-        n: Columns of A, the inputs.
-        dtype: Dtype of A as stored.
-        fan_in_fan_out: The base layer is a Conv1D.
-    """
-
-    rank: int
-    scaling: float
-    m: int
-    n: int
-    dtype: torch.dtype
-    fan_in_fan_out: bool
+# File names that say nothing of the adapter; the folder's name does.
+_USUAL_NAMES = {"adapter_model", "pytorch_lora_weights"}
 
 
 class Adapter:
     """One trained LoRA on disk; nothing but the header is held.
 
     Attributes:
-        path: Its folder.
-        name: The folder's name.
-        config: adapter_config.json as it is.
+        path: Its folder or file.
+        name: The folder's name, or the file's without its ending.
+        format: "peft", "kohya", "diffusers" or "keymap".
+        config: adapter_config.json as it is, {} where there is none.
         settings: The checked part of the configuration.
-        modules: Dotted module names without "base_model.model.", naturally sorted.
+        metadata: The metadata of the file of tensors.
+        notes: What was assumed or passed over while reading, in sentences for the report.
+        modules: Module names, naturally sorted: dotted ones without "base_model.model.", kohya's as they are.
         heads: Keys of modules saved in full, without the prefix, naturally sorted.
         extras: Keys of biases, token rows and base weights, without the prefix, naturally sorted.
     """
 
     def __init__(
-        self, path: Path, config: dict[str, Any], settings: PeftSettings, file: TensorFile, table: KeyTable
+        self, path: Path, config: dict[str, Any], settings: PeftSettings, file: TensorFile, contents: Contents
     ) -> None:
-        """Keeps the table of keys; `open_adapter` is the way to make one."""
+        """Keeps what a format's reader found; `open_adapter` is the way to make one."""
         self.path, self.config, self.settings = path, config, settings
-        self.name = path.resolve().name
-        self._file, self._table = file, table
-        self.modules = tuple(sorted(table.factors, key=natural_key))
-        self.heads = tuple(sorted(table.heads, key=natural_key))
-        self.extras = tuple(sorted(table.extras, key=natural_key))
-        self.modules_set = frozenset(self.modules)
-        self._infos = {module: self._read_info(module) for module in self.modules}
+        whole = path.resolve()
+        self.name = whole.name if whole.is_dir() else whole.parent.name if whole.stem in _USUAL_NAMES else whole.stem
+        self.format, self.notes = contents.format, tuple(contents.notes)
+        self.metadata: Mapping[str, str] = dict(file.metadata)
+        self.heads = tuple(sorted(contents.heads, key=natural_key))
+        self.extras = tuple(sorted(contents.extras, key=natural_key))
+        self._file, self._whole = file, {**contents.extras, **contents.heads}
+        self._set_parts(contents.parts)
 
     def __repr__(self) -> str:
         """Name and sizes."""
@@ -79,6 +67,11 @@ class Adapter:
     def task_type(self) -> str | None:
         """PEFT's task type, None where the file does not say."""
         return self.config.get("task_type") or None
+
+    @property
+    def has_dora(self) -> bool:
+        """True where a module has a DoRA magnitude: its update is not B A alone."""
+        return any(part.magnitude is not None for part in self._parts.values())
 
     @property
     def weights_path(self) -> Path:
@@ -96,18 +89,46 @@ class Adapter:
         return sha256_of(self._file.path)
 
     def info(self, module: str) -> ModuleInfo:
-        """Rank, scaling and shape of a module, without loading it."""
-        return self._infos[module]
+        """Rank, scaling, shape and kind of a module, without loading it."""
+        return self._parts[module].info
+
+    def keys_of(self, module: str) -> tuple[str, ...]:
+        """Keys in the file of a module's factors, bias and magnitude."""
+        part = self._parts[module]
+        return part.keys + tuple(key for key in (part.bias, part.magnitude) if key is not None)
 
     def load(self, module: str) -> LowRank:
-        """The factors of a module in the file's dtype: B (m, r), A (r, n).
+        """The factors of a module as matrices, B (m, r), A (r, n), in the file's dtype.
+
+        LoHa, LoKr and Tucker convolutions are products of stored tensors and come in float32 at least.
 
         Raises:
             LoraforgeError: A factor holds NaN or Inf, or the file cannot be read any more.
         """
-        key_A, key_B = self._table.factors[module]
-        A, B = self._read(key_A, key_B)
-        return LowRank(B, A, self._infos[module].scaling)
+        part = self._parts[module]
+        stored = self._file.read(part.keys)
+        B, A = part.build(stored)
+        if not (is_finite(A) and is_finite(B)):
+            self._refuse_infinite(part.keys, stored)
+        return LowRank(B, A, part.info.scaling)
+
+    def bias(self, module: str) -> Tensor | None:
+        """The bias on lora_B (m,), not scaled, or None.
+
+        Raises:
+            LoraforgeError: It holds NaN or Inf, or the file cannot be read any more.
+        """
+        key = self._parts[module].bias
+        return None if key is None else self._read(key).flatten()
+
+    def magnitude(self, module: str) -> Tensor | None:
+        """The DoRA magnitude (m,), or None.
+
+        Raises:
+            LoraforgeError: It holds NaN or Inf, or the file cannot be read any more.
+        """
+        key = self._parts[module].magnitude
+        return None if key is None else self._read(key).flatten()
 
     def load_head(self, key: str) -> Tensor:
         """A tensor of `heads` or `extras`, as stored.
@@ -115,10 +136,36 @@ class Adapter:
         Raises:
             LoraforgeError: It holds NaN or Inf, or the file cannot be read any more.
         """
-        return self._read(self._table.heads.get(key) or self._table.extras[key])[0]
+        return self._read(self._whole[key])
 
-    def _read(self, *keys: str) -> list[Tensor]:
-        tensors = self._file.read(keys)
+    def renamed(self, names: Mapping[str, str]) -> Adapter:
+        """The same adapter with modules under other names.
+
+        Args:
+            names: Old name -> new name; modules that it leaves out keep theirs.
+
+        Raises:
+            LoraforgeError: Two modules would get one name.
+        """
+        parts = {names.get(module, module): part for module, part in self._parts.items()}
+        if len(parts) != len(self._parts):
+            raise LoraforgeError("Two modules of an adapter would get one name", where=self.path)
+        other = copy.copy(self)
+        other._set_parts(parts)
+        return other
+
+    def _set_parts(self, parts: Mapping[str, Part]) -> None:
+        self._parts = dict(parts)
+        self.modules = tuple(sorted(parts, key=natural_key))
+        self.modules_set = frozenset(self.modules)
+
+    def _read(self, key: str) -> Tensor:
+        (tensor,) = self._file.read((key,))
+        if not is_finite(tensor):
+            self._refuse_infinite((key,), (tensor,))
+        return tensor
+
+    def _refuse_infinite(self, keys: Sequence[str], tensors: Sequence[Tensor]) -> None:
         for key, tensor in zip(keys, tensors, strict=True):
             if not is_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -129,81 +176,7 @@ class Adapter:
                     expected="finite numbers",
                     hint="the training run broke down; take an earlier checkpoint of this adapter",
                 )
-        return tensors
-
-    def _read_info(self, module: str) -> ModuleInfo:
-        key_A, key_B = self._table.factors[module]
-        (rank, n), (m, _) = self._file.shapes[key_A], self._file.shapes[key_B]
-        scaling = self.settings.scaling_of(module, rank)
-        return ModuleInfo(rank, scaling, m, n, self._file.dtypes[key_A], self.settings.fan_in_fan_out)
-
-
-def open_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Opens a PEFT LoRA folder; tensors are loaded later, module by module.
-
-    Args:
-        path: Folder with adapter_config.json and adapter_model.safetensors (or .bin).
-
-    Raises:
-        LoraforgeError: Something is missing, damaged, contradicting or unsupported; all problems are shown at once.
-    """
-    folder = Path(path)
-    weights = find_weights(folder)
-    config = read_config(folder)
-    settings = parse_config(config, folder / CONFIG_NAME)
-    file = open_tensors(weights)
-    table, problems = sort_keys(file.shapes, settings, weights)
-    for module in list(table.factors):
-        problem = shape_problem(module, table, file, settings)
-        if problem is not None:
-            problems.append(problem)
-    raise_problems(join_alike(problems))
-    if not table.factors:
-        raise LoraforgeError("The adapter holds no LoRA factors", where=weights, got=shorten(file.shapes) or "no keys")
-    return Adapter(folder, config, settings, file, table)
-
-
-def shape_problem(module: str, table: KeyTable, file: TensorFile, settings: PeftSettings) -> LoraforgeError | None:
-    """What is wrong with the shapes of a module's factors, or None. Dropped from the table when wrong."""
-    key_A, key_B = table.factors[module]
-    A, B = file.shapes[key_A], file.shapes[key_B]
-    where = f"{file.path}: {key_A}"
-    wrong: LoraforgeError | None = None
-    if len(A) > 2 or len(B) > 2:
-        wrong = LoraforgeError(
-            "LoRA on convolutions is not supported", where=where, got=f"A {list(A)}, B {list(B)}", expected="matrices"
-        )
-    elif len(A) != 2 or len(B) != 2 or A[0] != B[1] or 0 in A + B:
-        wrong = LoraforgeError(
-            "The factors of a module do not fit",
-            where=where,
-            got=f"A {list(A)}, B {list(B)}",
-            expected="A [r, n] and B [m, r]",
-        )
-    elif A[0] != settings.rank_of(module):
-        wrong = LoraforgeError(
-            "The rank of the factors contradicts adapter_config.json",
-            where=where,
-            got=f"rank {A[0]}",
-            expected=f"rank {settings.rank_of(module)} (r, rank_pattern)",
-            hint="the weights and the configuration come from different runs; pair them again",
-        )
-    if wrong is not None:
-        del table.factors[module]
-    return wrong
-
-
-def join_alike(problems: list[LoraforgeError], limit: int = 5) -> list[LoraforgeError]:
-    """At most `limit` problems of one kind, the last of them saying how many more there are."""
-    kept: list[LoraforgeError] = []
-    counts: dict[str, int] = {}
-    for problem in problems:
-        kind = problem.what.partition("'")[0]
-        counts[kind] = counts.get(kind, 0) + 1
-        if counts[kind] <= limit:
-            kept.append(problem)
-    more = {kind: count - limit for kind, count in counts.items() if count > limit}
-    return kept + [LoraforgeError(f"{count} more like: {kind.strip()}") for kind, count in more.items()]
+        raise LoraforgeError("The product of stored factors overflows", where=f"{self._file.path}: {', '.join(keys)}")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,168 +1,150 @@
-"""Writes a PEFT LoRA folder whose per-module scale is exactly 1, whole or not at all."""
+"""Writes an adapter whose per-module scale is exactly 1, whole or not at all, module by module.
+
+PEFT is the format of folders that `PeftModel.from_pretrained` loads; kohya and diffusers are folders with one
+.safetensors file. Factors go to disk as they come, so memory does not grow with their number, and a run that was killed
+can be continued: what is there is kept, and the result has the same bytes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loraforge.adapters.config import CONFIG_NAME
-from loraforge.adapters.folder import WEIGHT_NAMES
 from loraforge.adapters.heads import HeadsPlan
-from loraforge.adapters.keys import PREFIX, is_safe_name
-from loraforge.adapters.reader import Adapter, is_finite
+from loraforge.adapters.keys import PREFIX
+from loraforge.adapters.layouts import layout_of
+from loraforge.adapters.origin import PeftMeta
+from loraforge.adapters.reader import Adapter
+from loraforge.adapters.session import Places, WriteReport, WriteSession
 from loraforge.errors import LoraforgeError
 from loraforge.storage.atomic import new_folder
+from loraforge.storage.leftovers import RESUME
+from loraforge.storage.stream import TensorStream, save_tensors
 from loraforge.types import LowRank
 
-
-@dataclass(frozen=True, slots=True)
-class PeftMeta:
-    """Fields of the configuration that come from the adapters.
-
-    Attributes:
-        base: base_model_name_or_path.
-        task_type: PEFT's task type.
-        fan_in_fan_out: The base layers are Conv1D.
-        inputs: Folders that were read, which the output must not replace.
-    """
-
-    base: str | None = None
-    task_type: str | None = None
-    fan_in_fan_out: bool = False
-    inputs: tuple[Path, ...] = ()
-
-    @classmethod
-    def like(cls, adapters: Sequence[Adapter]) -> PeftMeta:
-        """The fields of the first adapter that states each; Conv1D if any adapter says so."""
-        return cls(
-            base=next((a.base for a in adapters if a.base), None),
-            task_type=next((a.task_type for a in adapters if a.task_type), None),
-            fan_in_fan_out=any(a.settings.fan_in_fan_out for a in adapters),
-            inputs=tuple(a.path for a in adapters),
-        )
-
-
-@dataclass(slots=True)
-class WriteReport:
-    """What was written.
-
-    Attributes:
-        path: The folder.
-        dtype: Dtype of the factors.
-        ranks: module -> rank.
-        parameters: Entries of all factors.
-        bytes: Size of the file of tensors.
-        rounding: Largest relative Frobenius rounding error of a factor by the cast to dtype.
-        rounding_module: Where that was.
-    """
-
-    path: Path
-    dtype: str
-    ranks: dict[str, int] = field(default_factory=dict)
-    parameters: int = 0
-    bytes: int = 0
-    rounding: float = 0.0
-    rounding_module: str | None = None
-
+__all__ = ["AdapterWriter", "PeftMeta", "WriteReport", "WriteSession", "peft_config", "write_adapter"]
 
 ExtraFile = bytes | str | Callable[[WriteReport], bytes | str]
+_JOURNAL = "journal.jsonl"
 
 
 @dataclass(slots=True)
 class AdapterWriter:
-    """Writes one merged adapter.
+    """Writes one adapter.
 
     Attributes:
         out: The folder to make.
         like: The adapters it comes from, or the fields taken from them.
-        dtype: Dtype of the written factors.
+        dtype: Dtype of the written factors; None keeps each factor's own.
         heads: What becomes of heads; none by default.
         extra_files: Path inside the folder -> content, or a function of the WriteReport that gives the content.
         overwrite: Replace an earlier output.
+        format: "peft", "kohya" or "diffusers".
+        resume: Continue an interrupted run of the same fingerprint, and leave what is there if interrupted again.
+        fingerprint: JSON-ready: everything that decides the bytes of the output. None: the run cannot be continued.
+        keep_scales: Write each scale as alpha where the format has one and leave the factors' bits alone, instead of
+            folding it into B. For conversions.
     """
 
     out: str | os.PathLike[str]
     like: Sequence[Adapter] | PeftMeta
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = torch.float32
     heads: HeadsPlan = field(default_factory=HeadsPlan)
     extra_files: Mapping[str, ExtraFile] = field(default_factory=dict)
     overwrite: bool = False
+    format: str = "peft"
+    resume: bool = False
+    fingerprint: Mapping[str, Any] | None = None
+    keep_scales: bool = False
 
-    def write(self, modules: Iterable[tuple[str, LowRank]]) -> WriteReport:
-        """Casts modules as they come and writes the folder.
+    def write(self, modules: Iterable[tuple[str, LowRank]], biases: Mapping[str, Tensor] | None = None) -> WriteReport:
+        """Writes all modules; `session` takes them one by one.
 
         Args:
-            modules: (dotted name without prefix, update). Scalings are folded into B.
+            modules: (name, update). Scalings are folded into B.
+            biases: Module -> bias of lora_B, scale included.
 
         Returns:
             Ranks, sizes and the rounding error.
 
         Raises:
-            LoraforgeError: The output exists, a factor does not fit the dtype, or the disk refuses. Nothing is left
-                behind then, and an earlier output is untouched.
+            LoraforgeError: As `session`.
         """
+        listed = list(modules)
+        with self.session([name for name, _ in listed]) as session:
+            for name, update in listed:
+                if name not in session.finished:
+                    session.add(name, update, bias=(biases or {}).get(name))
+        return session.report
+
+    @contextmanager
+    def session(self, modules: Sequence[str]) -> Iterator[WriteSession]:
+        """Takes modules one by one, in any order; the folder appears when the block ends well.
+
+        Args:
+            modules: Names of all modules that will be added. A continued run has the same ones in the same order.
+
+        Raises:
+            LoraforgeError: The output exists, replaces an input or is being written by another run; a name or factor
+                does not fit the format or the dtype; or the disk refuses. Nothing is left behind then, except what an
+                interrupted run may continue, and an earlier output is untouched.
+            UsageError: An unknown format.
+            ValueError: The block ended without all modules.
+        """
+        layout = layout_of(self.format)
         meta = self.like if isinstance(self.like, PeftMeta) else PeftMeta.like(self.like)
         out = Path(self.out).resolve()
         for source in meta.inputs:
             if out == source.resolve() or out in source.resolve().parents:
                 raise LoraforgeError("The output would replace an input adapter", where=out, got=f"input {source}")
-        report = WriteReport(out, str(self.dtype).removeprefix("torch."))
-        with new_folder(out, self.overwrite) as folder:
-            tensors: dict[str, Tensor] = {}
-            for name, update in modules:
-                self._add(tensors, name, update, report)
-            if not report.ranks:
-                raise LoraforgeError("There is no module to write", where=out, expected="at least one module")
-            tensors.update((PREFIX + key, own_copy(tensor)) for key, tensor in self.heads.merged.items())
-            save_tensors(folder / WEIGHT_NAMES[0], tensors)
-            report.bytes = (folder / WEIGHT_NAMES[0]).stat().st_size
-            config = peft_config(report.ranks, meta, self.heads)
+        if not modules:
+            raise LoraforgeError("There is no module to write", where=out, expected="at least one module")
+        places = Places.of(modules, meta, layout, self.dtype, self.keep_scales)
+        layout.check(places.shapes, list(self.heads.merged))
+        whole = {PREFIX + key: tensor for key, tensor in self.heads.merged.items()}
+        space = places.reserve(layout.metadata((), (), meta.metadata), whole)
+        report = WriteReport(out, str(self.dtype or "as stored").removeprefix("torch."))
+        with new_folder(out, self.overwrite, resume=self.resume, fingerprint=self.fingerprint) as folder:
+            path = folder / layout.file_name(out.name)
+            _keep_only(folder, {path.name, RESUME})
+            journal = folder / RESUME / _JOURNAL if self.fingerprint is not None else None
+            with TensorStream(path, space, journal) as stream:
+                session = WriteSession(stream, places, report)
+                yield session
+                if missing := session.missing():
+                    raise ValueError(f"{len(missing)} announced modules were not added, {missing[0]!r} first")
+                for key, tensor in whole.items():
+                    stream.append(key, tensor)
+                alphas = report.file_alphas.values()
+                stream.close(layout.metadata(report.file_ranks.values(), alphas, meta.metadata))
+            report.bytes = path.stat().st_size
+            self._write_rest(folder, report, meta, places)
+
+    def _write_rest(self, folder: Path, report: WriteReport, meta: PeftMeta, places: Places) -> None:
+        """Everything beside the file of tensors."""
+        if places.layout.format == "peft":
+            parameters = sorted({shape.parameter for shape in places.shapes.values() if shape.parameter is not None})
+            biased = any(shape.biased for shape in places.shapes.values())
+            config = peft_config(report.file_ranks, meta, self.heads, report.file_alphas, parameters, biased)
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            self._write_aside(folder)
-            for relative, content in self.extra_files.items():
-                _write_extra(folder, relative, content(report) if callable(content) else content)
-        return report
-
-    def _add(self, tensors: dict[str, Tensor], name: str, update: LowRank, report: WriteReport) -> None:
-        if not is_safe_name(name) or name in report.ranks:
-            raise LoraforgeError("A module name cannot be written", got=repr(name), expected="a new dotted name")
-        if update.rank == 0:
-            raise LoraforgeError("A module of rank 0 cannot be written", where=name, expected="rank 1 or more")
-        # Scaling is folded in at least float32, so that the cast below is the only rounding.
-        wide = update.to(torch.promote_types(update.B.dtype, torch.float32)).folded()
-        for side, factor in (("A", wide.A), ("B", wide.B)):
-            stored = own_copy(factor, self.dtype)
-            if not is_finite(stored):
-                raise LoraforgeError(
-                    "A factor is not finite in the dtype of the output",
-                    where=f"{name}.lora_{side}",
-                    got=f"largest entry {float(factor.abs().max()):g} as {report.dtype}",
-                    expected="finite numbers",
-                    hint="write bfloat16 or float32",
-                )
-            error = rounding_error(factor, stored)
-            if error > report.rounding:
-                report.rounding, report.rounding_module = error, f"{name}.lora_{side}"
-            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = stored
-            report.parameters += stored.numel()
-        report.ranks[name] = update.rank
-
-    def _write_aside(self, folder: Path) -> None:
         for name, tensors in self.heads.aside.items():
             place = folder / "heads" / name
             place.mkdir(parents=True)
-            save_tensors(place / "heads.safetensors", {key: own_copy(tensor) for key, tensor in tensors.items()})
+            save_tensors(place / "heads.safetensors", tensors)
             (place / "heads.json").write_text(self.heads.index_of(name), encoding="utf-8")
+        for relative, content in self.extra_files.items():
+            _write_extra(folder, relative, content(report) if callable(content) else content)
 
 
 def write_adapter(
@@ -178,66 +160,73 @@ def write_adapter(
     return AdapterWriter(out, like, dtype, heads or HeadsPlan(), extra_files or {}, overwrite).write(modules).path
 
 
-def peft_config(ranks: Mapping[str, int], meta: PeftMeta, heads: HeadsPlan) -> dict[str, Any]:
-    """The adapter_config.json of a merged adapter: alpha equals the rank of every module, so each scale is 1.
+def peft_config(
+    ranks: Mapping[str, int],
+    meta: PeftMeta,
+    heads: HeadsPlan,
+    alphas: Mapping[str, float] | None = None,
+    parameters: Sequence[str] = (),
+    biased: bool = False,
+) -> dict[str, Any]:
+    """The adapter_config.json of a written adapter; by default alpha is the rank of every module, so each scale is 1.
 
     Args:
-        ranks: module -> rank.
+        ranks: Module, or full name of an adapted parameter -> rank.
         meta: Fields that come from the adapters.
         heads: Heads and extras that are merged in.
+        alphas: Module or parameter -> alpha.
+        parameters: Which of them are adapted parameters (stacks of experts).
+        biased: Every module has a bias on lora_B.
     """
-    top = max(ranks.values())
-    # "^" and escaping make each pattern match one full name and nothing else (PEFT tries it as a suffix otherwise).
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != top}
-    return {
+    alphas = alphas or ranks
+    # PEFT warns of patterns that fit no module, and a parameter is none: the default is theirs where there are any.
+    main = max(parameters or ranks, key=lambda name: ranks[name])
+    config = {
         "peft_type": "LORA",
         "task_type": meta.task_type,
         "base_model_name_or_path": meta.base,
-        "r": top,
-        "lora_alpha": top,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
+        "r": ranks[main],
+        "lora_alpha": _number(alphas[main]),
+        "rank_pattern": _pattern(ranks, ranks[main]),
+        "alpha_pattern": _pattern(alphas, alphas[main]),
         "use_rslora": False,
         "use_dora": False,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(set(ranks) - set(parameters)),
         "modules_to_save": list(heads.modules_to_save) or None,
         "fan_in_fan_out": meta.fan_in_fan_out,
         "bias": "none",
         "lora_dropout": 0.0,
         "init_lora_weights": True,
         "inference_mode": True,
-        **heads.config,
     }
+    # Younger fields are left out where they say nothing, so that older readers take the file.
+    config |= {"target_parameters": list(parameters)} if parameters else {}
+    config |= {"lora_bias": True} if biased else {}
+    return {**config, **heads.config}
 
 
-def own_copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A contiguous copy on the CPU that shares memory with nothing (safetensors refuses shared storage)."""
-    return tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """PEFT's pattern of the values that are not the default.
 
-
-def rounding_error(exact: Tensor, stored: Tensor) -> float:
-    """Relative Frobenius error of `stored` against `exact`; 0 where nothing was rounded."""
-    if exact.dtype == stored.dtype:
-        return 0.0
-    wide = exact.detach().to(device="cpu", dtype=torch.float64)
-    size = float(wide.norm())
-    return float((stored.to(torch.float64) - wide).norm()) / size if size > 0.0 else 0.0
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a .safetensors file with the metadata that PEFT writes.
-
-    Raises:
-        OSError: The disk refuses.
+    "^" and escaping make each key match one full name and nothing else (PEFT tries it as a suffix otherwise).
     """
-    # safetensors leaves a file that only its owner may read; the usual rights are those of a plain new file.
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(mode)
+    return {f"^{re.escape(name)}": _number(value) for name, value in values.items() if value != default}
+
+
+def _number(value: float) -> float:
+    """Whole numbers as such: PEFT writes and expects them so."""
+    return int(value) if value == int(value) else value
+
+
+def _keep_only(folder: Path, names: set[str]) -> None:
+    """Removes what an interrupted run wrote behind the tensors; it is written anew."""
+    for entry in folder.iterdir():
+        if entry.name in names:
+            continue
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _write_extra(folder: Path, relative: str, content: bytes | str) -> None:

@@ -53,6 +53,19 @@ Energy = Annotated[
     float | None,
     typer.Option("--energy", metavar="T", help="Smallest rank that keeps this share of the energy (0, 1]."),
 ]
+Nuclear = Annotated[
+    float | None, typer.Option("--nuclear", metavar="T", help="Smallest rank that keeps this share of the sum of S.")
+]
+Ratio = Annotated[
+    float | None, typer.Option("--ratio", metavar="T", help="Keep singular values above the largest over T.")
+]
+FroError = Annotated[
+    float | None, typer.Option("--fro-error", metavar="E", help="Smallest rank with this relative Frobenius error.")
+]
+Budget = Annotated[
+    int | None,
+    typer.Option("--budget", min=1, metavar="P", help="Parameters shared by all modules, dealt out by worth."),
+]
 MinRank = Annotated[int | None, typer.Option("--min-rank", min=1, help="Lower bound of the rank.")]
 MaxRank = Annotated[int | None, typer.Option("--max-rank", min=1, help="Upper bound of the rank.")]
 UniformRank = Annotated[
@@ -63,7 +76,35 @@ Dtype = Annotated[
     typer.Option("--dtype", help="Of the written factors; arithmetic is fp32/fp64.", show_default="auto"),
 ]
 Format = Annotated[
-    str | None, typer.Option("--format", metavar="peft", help="Of the written files.", show_default="peft")
+    str | None,
+    typer.Option(
+        "--format", metavar="auto|peft|kohya|diffusers", help="Of the written files.", show_default="that of the inputs"
+    ),
+]
+
+OutputKind = Annotated[
+    Literal["adapter", "model"] | None,
+    typer.Option("--output-kind", help="An adapter, or the base with the update added.", show_default="adapter"),
+]
+Resume = Annotated[
+    bool | None,
+    typer.Option("--resume", help="Continue an interrupted run; keep what is done if this one is interrupted."),
+]
+Post = Annotated[
+    Literal["none", "iso"] | None,
+    typer.Option("--post", help="Flatten the spectrum of the result after the rank rule.", show_default="none"),
+]
+Stats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stats",
+        metavar="[NAME=]FILE",
+        help="Input statistics of one adapter (repeat), from collect-stats.",
+        show_default=False,
+    ),
+]
+IgnoreUnknown = Annotated[
+    bool | None, typer.Option("--ignore-unknown", help="Leave out keys that are no part of an adapter.")
 ]
 
 Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Base model; only for methods that need it.")]
@@ -111,6 +152,29 @@ Init = Annotated[
     str | None, typer.Option("--init", metavar="sweep|adapters", help="Same as --set init.", show_default=False)
 ]
 Verify = Annotated[bool | None, typer.Option("--verify/--no-verify", help="Same as --set verify.", show_default=False)]
+
+# Sugar of `--set` for the data-free methods.
+Density = Annotated[float | None, typer.Option("--density", help="Same as --set density.", show_default=False)]
+Scope = Annotated[str | None, typer.Option("--scope", help="Same as --set scope.", show_default=False)]
+CommonFraction = Annotated[
+    float | None, typer.Option("--common-fraction", help="Same as --set common_fraction.", show_default=False)
+]
+MeanOver = Annotated[str | None, typer.Option("--mean-over", help="Same as --set mean_over.", show_default=False)]
+Alpha = Annotated[float | None, typer.Option("--alpha", help="Same as --set alpha.", show_default=False)]
+TargetNorm = Annotated[str | None, typer.Option("--target-norm", help="Same as --set target_norm.", show_default=False)]
+Keep = Annotated[str | None, typer.Option("--keep", help="Same as --set keep.", show_default=False)]
+PruneLevel = Annotated[str | None, typer.Option("--prune-level", help="Same as --set prune_level.", show_default=False)]
+Iters = Annotated[int | None, typer.Option("--iters", help="Same as --set iters.", show_default=False)]
+Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Same as --set sparsity.", show_default=False)]
+RankRatio = Annotated[float | None, typer.Option("--rank-ratio", help="Same as --set rank_ratio.", show_default=False)]
+RankBasis = Annotated[str | None, typer.Option("--rank-basis", help="Same as --set rank_basis.", show_default=False)]
+Center = Annotated[str | None, typer.Option("--center", help="Same as --set center.", show_default=False)]
+T = Annotated[float | None, typer.Option("--t", help="Same as --set t.", show_default=False)]
+Ridge = Annotated[float | None, typer.Option("--ridge", help="Same as --set ridge.", show_default=False)]
+DocumentCompat = Annotated[
+    bool | None,
+    typer.Option("--document-compat", help="rsvd as its document's code does it, step by step.", show_default=False),
+]
 
 OnMissing = Annotated[
     Literal["zero", "present", "error"] | None,

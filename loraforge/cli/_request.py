@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraforge.cli._places import check_output, check_report, input_paths
-from loraforge.errors import LoraforgeError, UsageError, did_you_mean
+from loraforge.errors import LoraforgeError, UsageError
 
 if TYPE_CHECKING:
     from loraforge.merging.methods import MethodRow
 
 # Arguments of `loraforge.merge` that are options of the same name and keys of a recipe.
 PASSED = (
-    "rank", "energy", "min_rank", "max_rank", "uniform_rank", "dtype", "device", "seed", "base", "samples",
-    "batch_tokens", "on_missing", "heads_from", "force", "template",
+    "rank", "energy", "nuclear", "ratio", "fro_error", "budget", "min_rank", "max_rank", "uniform_rank", "post",
+    "dtype", "device", "seed", "base", "samples", "batch_tokens", "on_missing", "heads_from", "force", "template",
+    "format", "output_kind", "resume", "ignore_unknown",
 )  # fmt: skip
 # Sugar flags: option -> (method parameter, flag when true or valued, flag when false).
 SUGAR = {
@@ -27,8 +28,14 @@ SUGAR = {
     "max_iter": ("max_iter", "--max-iter", "--max-iter"),
     "init": ("init", "--init", "--init"),
     "verify": ("verify", "--verify", "--no-verify"),
-}
-FORMATS, LATER_FORMATS = ("peft",), ("kohya",)
+    **{
+        name: (name, f"--{name.replace('_', '-')}", f"--{name.replace('_', '-')}")
+        for name in (
+            "density", "scope", "common_fraction", "mean_over", "alpha", "target_norm", "keep", "prune_level", "iters",
+            "sparsity", "rank_ratio", "rank_basis", "center", "t", "ridge", "document_compat",
+        )
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,7 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     adapters = wanted.get("adapters")
     if not adapters:
         raise UsageError("no adapter was named", expected="loraforge merge ADAPTER ADAPTER... --method NAME --out DIR")
-    check_format(wanted.get("format", "peft"), wanted.get("output_kind", "adapter"))
-    arguments = {key: wanted[key] for key in (*PASSED, "adapters", "weights", "calibration") if key in wanted}
+    arguments = {key: wanted[key] for key in (*PASSED, "adapters", "weights", "calibration", "stats") if key in wanted}
     arguments |= {"method": row.name, "params": _params(row, wanted.get("params") or {}, options)}
     if options["weight"] is not None:
         arguments["weights"] = pair_weights(options["weight"], adapters)
@@ -86,23 +92,25 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     else:
         inputs = input_paths(adapters, wanted.get("base"), wanted.get("calibration"), options["recipe"])
         check_output(out, overwrite=overwrite, inputs=inputs)
+        arguments |= {"out": out, "overwrite": overwrite}
         check_report(report, overwrite=overwrite, inputs=inputs)
     return MergeRequest(arguments, out, report, overwrite, tuple(wanted.get("notes", ())))
 
 
 def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were typed over the recipe over the preset, in a recipe's words (without `--set`)."""
-    given = {key: options[key] for key in (*PASSED, "method", "out", "report", "overwrite", "format")}
+    given = {key: options[key] for key in (*PASSED, "method", "out", "report", "overwrite")}
     given["adapters"] = list(options["adapters"] or ()) or None
     given["weights"] = read_weights(options["weights"], options["weight"])
-    given["calibration"] = read_calibration(options["calibration"] or ())
+    given["calibration"] = read_files(options["calibration"] or (), "--calibration")
+    given["stats"] = read_files(options["stats"] or (), "--stats")
     given = {key: value for key, value in given.items() if value is not None}
     if not options["preset"] and not options["recipe"]:
         return given
     from loraforge.recipes import load_recipe, merge_recipe
 
     recipe: dict[str, Any] = {}
-    for source in (options["preset"], options["recipe"]):
+    for source in (preset_of(options["preset"], options["method"]), options["recipe"]):
         if source:
             recipe = merge_recipe(recipe, load_recipe(source))
     return merge_recipe(recipe, given)
@@ -155,8 +163,8 @@ def pair_weights(first: float, adapters: Sequence[str]) -> list[float]:
     return [first, 1.0 - first]
 
 
-def read_calibration(entries: Sequence[str]) -> dict[str, str] | list[str] | None:
-    """The calibration files: by adapter name for `NAME=FILE`, in the adapters' order for plain files.
+def read_files(entries: Sequence[str], option: str) -> dict[str, str] | list[str] | None:
+    """One file an adapter: by adapter name for `NAME=FILE`, in the adapters' order for plain files.
 
     Raises:
         UsageError: Both spellings at once, or one name twice.
@@ -169,34 +177,20 @@ def read_calibration(entries: Sequence[str]) -> dict[str, str] | list[str] | Non
         if not equals or os.sep in name or os.path.exists(entry):
             plain.append(entry)
         elif name in named:
-            expected = "one --calibration an adapter"
+            expected = f"one {option} an adapter"
             got = f"{named[name]} and {file}"
-            raise UsageError("one adapter has two calibration files", where=name, got=got, expected=expected)
+            raise UsageError(f"one adapter has two files of {option}", where=name, got=got, expected=expected)
         else:
             named[name] = file
     if named and plain:
         expected = "NAME=FILE for every adapter, or FILE for every adapter"
-        raise UsageError("--calibration is given by name and in order", got=", ".join(entries), expected=expected)
+        raise UsageError(f"{option} is given by name and in order", got=", ".join(entries), expected=expected)
     return named or plain or None
 
 
-def check_format(name: str, kind: str) -> None:
-    """Refuses a format or kind of output that cannot be written.
+def preset_of(name: str | None, method: str | None) -> str | None:
+    """The preset of a name; METHOD.NAME where the method has one of its own."""
+    from loraforge.recipes import preset_names
 
-    Raises:
-        UsageError: No such format.
-        LoraforgeError: One that this version does not write yet.
-    """
-    if name in LATER_FORMATS:
-        raise LoraforgeError(
-            f"this version does not write the format '{name}' yet",
-            where="--format",
-            expected=" | ".join(FORMATS),
-            hint="leave --format out to write a PEFT adapter",
-        )
-    if name not in FORMATS:
-        raise UsageError(f"unknown format '{name}'", where="--format", hint=did_you_mean(name, FORMATS))
-    if kind != "adapter":
-        raise LoraforgeError(
-            "this version writes adapters only", where="output_kind (save: 1)", got=kind, expected="adapter"
-        )
+    own = f"{method}.{name}"
+    return own if name and method and own in preset_names() else name

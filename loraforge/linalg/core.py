@@ -60,7 +60,9 @@ class Core:
         return LowRank(B.to(self.dtype).contiguous(), A.to(self.dtype).contiguous())
 
     def lift_triplets(self, U: Tensor, S: Tensor, V: Tensor) -> Update:
-        """Q_l U diag(S) V^T Q_a^T for U (p, k), S (k,), V (q, k), sqrt(S) on both sides."""
+        """Q_l U diag(S) V^T Q_a^T for U (p, k), S (k,), V (q, k), sqrt(S) on both sides; zeros of rank 1 for k = 0."""
+        if S.numel() == 0:
+            U, S, V = U.new_zeros(U.shape[0], 1), S.new_zeros(1), V.new_zeros(V.shape[0], 1)
         root = S.sqrt()
         B, A = U * root, (V * root).T
         if self.left is None or self.right is None:
@@ -77,27 +79,39 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
 
     Returns:
         Bases and blocks. Directions below the rounding of the inputs are dropped, so linearly dependent adapters give a
-        smaller core; p = q = 0 cannot occur: a module of zeros keeps one direction.
+        smaller core; p = q = 0 cannot occur: a module of zeros keeps one direction. An adapter whose delta is exactly 0
+        has no block, as if it lacked the module, unless all are 0.
 
     Raises:
         LoraforgeError: No adapter has the module, shapes differ, or a factor holds NaN or Inf.
     """
     pairs = [(w if weighted else 1.0, f) for w, f in zip(layer.weights, layer.factors, strict=True)]
     present = [f for _, f in pairs if f is not None]
-    if not present or len({f.shape for f in present}) > 1:
+    if not present or len({(type(f), f.shape) for f in present}) > 1:
         raise LoraforgeError(
-            "The deltas of a module do not fit together", where=layer.module, got=[f.shape for f in present]
+            "The deltas of a module do not fit together",
+            where=layer.module,
+            got=[(type(f).__name__, f.shape) for f in present],
+            expected="one shape, and adapters or full checkpoints but not both",
         )
+    if not all(f is None or _is_zero(w, f) for w, f in pairs):
+        pairs = [(w, None if f is None or _is_zero(w, f) else f) for w, f in pairs]
+        present = [f for _, f in pairs if f is not None]
     if all(isinstance(f, Dense) for f in present):
         dtype = torch.float64 if any(f.delta().dtype == torch.float64 for f in present) else torch.float32
-        return Core(None, None, [None if f is None else f.delta(torch.float64) * w for w, f in pairs], dtype)
+        found = [None if f is None else f.delta(torch.float64) * w for w, f in pairs]
+        if not all(bool(torch.isfinite(block).all()) for block in found if block is not None):
+            raise LoraforgeError("A task vector holds NaN or Inf", where=layer.module)
+        return Core(None, None, found, dtype)
     low = [(w, f if isinstance(f, LowRank) else None) for w, f in pairs]
     wide = any(t.dtype == torch.float64 for _, f in low if f is not None for t in (f.B, f.A))
     dtype = torch.float64 if wide else torch.float32
-    B = torch.cat([f.B.to(torch.float64) * (w * f.scaling) for w, f in low if f is not None], dim=1)
-    A = torch.cat([f.A.to(torch.float64) for _, f in low if f is not None], dim=0)
-    left, over = _basis(B, dtype)
-    right, under = _basis(A.T, dtype)
+    stacked = [(f.B.to(torch.float64) * (w * f.scaling), f.A.to(torch.float64)) for w, f in low if f is not None]
+    B, A = torch.cat([b for b, _ in stacked], dim=1), torch.cat([a for _, a in stacked], dim=0)
+    # (c B, A / c) is the same adapter: what is rounding is judged with both factors of each at one size.
+    balance = torch.cat([(_norm(a) / _norm(b)).sqrt().expand(b.shape[1]) for b, a in stacked])
+    left, over = _basis(B, balance, dtype)
+    right, under = _basis(A.T, 1.0 / balance, dtype)
     blocks: list[Tensor | None] = []
     start = 0
     for _, f in low:
@@ -110,14 +124,31 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
     return Core(left, right, blocks, dtype)
 
 
-def _basis(columns: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Left singular vectors Q (rows, p) of `columns` (rows, R) above its rounding, and Q^T columns (p, R)."""
+def _is_zero(weight: float, update: Update) -> bool:
+    """Whether a weighted delta is 0 because a factor of it is."""
+    if weight * update.scaling == 0.0:
+        return True
+    factors = (update.weight,) if isinstance(update, Dense) else (update.B, update.A)
+    return not all(bool(factor.any()) for factor in factors)
+
+
+def _norm(factor: Tensor) -> Tensor:
+    """Frobenius norm, 1 for zeros."""
+    size: Tensor = torch.linalg.matrix_norm(factor)
+    return torch.where(size > 0.0, size, 1.0)
+
+
+def _basis(columns: Tensor, balance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left singular vectors Q (rows, p) of `columns` (rows, R), and Q^T columns (p, R).
+
+    p is the numerical rank of the columns multiplied by `balance` (R,).
+    """
     Q, triangle = torch.linalg.qr(columns)
     if not bool(torch.isfinite(triangle).all()):
         raise LoraforgeError("Factors hold NaN or Inf", got=tuple(columns.shape))
-    U, S, Vh = torch.linalg.svd(triangle, full_matrices=False)
-    p = max(1, numerical_rank(S.to(dtype)))
-    U, S, Vh = U[:, :p], S[:p], Vh[:p]
+    p = max(1, numerical_rank(torch.linalg.svdvals(triangle * balance).to(dtype)))
+    U = torch.linalg.svd(triangle, full_matrices=False)[0][:, :p]
     basis = Q @ U
     sign = column_signs(basis)
-    return basis * sign, (S * sign)[:, None] * Vh
+    # Not diag(S) Vh: products keep the digits of small columns beside large ones.
+    return basis * sign, (U * sign).T @ triangle

@@ -20,6 +20,13 @@ U = TypeVar("U")
 
 
 _lock = threading.Lock()
+_here = threading.local()
+
+
+def _enter_worker() -> None:
+    """One BLAS thread, and no pool inside this one."""
+    torch.set_num_threads(1)
+    _here.inside = True
 
 
 @contextmanager
@@ -36,10 +43,24 @@ def one_thread() -> Iterator[int]:
 
 
 def pool_map(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-    """`[function(x) for x in items]` over as many workers as PyTorch had threads, each with one BLAS thread."""
+    """`[function(x) for x in items]` over as many workers as PyTorch had threads, each with one BLAS thread.
+
+    Inside a worker it is a plain loop: the outer pool has all threads already.
+    """
+    if getattr(_here, "inside", False):
+        return [function(item) for item in items]
     with one_thread() as threads:
         workers = min(threads, len(items), os.cpu_count() or 1)
         if workers <= 1:
-            return [function(item) for item in items]
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return _plainly(function, items)
+        with ThreadPoolExecutor(workers, initializer=_enter_worker) as pool:
             return list(pool.map(function, items))
+
+
+def _plainly(function: Callable[[T], U], items: Sequence[T]) -> list[U]:
+    """The loop of one worker, in the caller's thread."""
+    _here.inside = True
+    try:
+        return [function(item) for item in items]
+    finally:
+        _here.inside = False

@@ -98,7 +98,7 @@ def merge_calibrated(
     _warn_few_tokens(job, engine)
     layers = [_row(engine, name, kept[name]) for name in job.modules]
     for name in job.modules:
-        job.tell_clamped(name, engine.merged[name].rank)
+        job.warnings.extend(job.clamped(name, engine.merged[name].rank))
     report = {
         "iteris": {
             "layers": [engine.layers[name] for name in trace.order],

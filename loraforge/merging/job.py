@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from loraforge.adapters import Adapter
 from loraforge.linalg.rank import RankRule
-from loraforge.merging.methods import MethodRow
+from loraforge.merging.row import MethodRow
 from loraforge.types import LayerInputs, LowRank
 
 Progress = Callable[[str, str, int, int], None]
+# Reads one module of one adapter as factors; what it has to say of it goes to the second argument's list.
+Loader = Callable[[Adapter, str, list[str]], LowRank]
+
+
+def load_plainly(adapter: Adapter, module: str, notes: list[str]) -> LowRank:
+    """The factors as the file has them."""
+    return adapter.load(module)
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +35,7 @@ class Job:
         params: Its parameters.
         adapters: Opened adapters, in the user's order.
         names: Their names, made unique.
+        keys: One word an adapter that does not depend on their order, for random draws.
         modules: All module names, in natural order.
         weights: w_i (c_i of the calibrated methods).
         rule: The user's rank rule.
@@ -34,6 +43,10 @@ class Job:
         on_missing: "zero" or "present".
         uniform_rank: All modules are padded to one rank at the end.
         progress: Called with (stage, detail, done, total), or None.
+        post: Parameters of the flattening after the rank rule, or None.
+        budget: Parameters that all modules share, or None.
+        stats: Input statistics by module, one mapping an adapter; empty without `--stats`.
+        loader: Reads a module of an adapter.
         phases: Seconds by phase.
         warnings: Sentences for the report.
     """
@@ -42,6 +55,7 @@ class Job:
     params: Any
     adapters: Sequence[Adapter]
     names: Sequence[str]
+    keys: Sequence[str]
     modules: Sequence[str]
     weights: Sequence[float]
     rule: RankRule
@@ -49,6 +63,10 @@ class Job:
     on_missing: str
     uniform_rank: bool
     progress: Progress | None
+    post: Any = None
+    budget: int | None = None
+    stats: Sequence[Mapping[str, Tensor]] = ()
+    loader: Loader = load_plainly
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -59,20 +77,49 @@ class Job:
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - started
 
-    def tell_clamped(self, module: str, rank: int) -> None:
-        """A warning where a module could not have the rank that was asked for."""
-        if self.rule.rank is not None and rank < self.rule.rank:
-            self.warnings.append(f"{module}: rank {self.rule.rank} clamped to {rank}")
+    def tell(self, stage: str, detail: str, done: int, total: int) -> None:
+        """Reports progress to whoever listens."""
+        if self.progress is not None:
+            self.progress(stage, detail, done, total)
+
+    def clamped(self, module: str, rank: int) -> list[str]:
+        """A note where a module could not have the rank that was asked for."""
+        asked = getattr(self.params, "rank", None) if self.row.own_rule else self.rule.rank
+        return [f"{module}: rank {asked} clamped to {rank}"] if asked is not None and rank < asked else []
 
     def load(self, module: str) -> list[LowRank | None]:
         """The factors of one module, one entry an adapter, on the device."""
-        return [a.load(module).to(device=self.device) if module in a.modules_set else None for a in self.adapters]
+        return [
+            self.loader(a, module, self.warnings).to(device=self.device) if module in a.modules_set else None
+            for a in self.adapters
+        ]
 
-    def layer(self, module: str) -> LayerInputs:
+    def share(self, module: str) -> float:
+        """What the weights of a module are multiplied by: with `present`, averages run over those that have it."""
+        if self.on_missing != "present" or self.row.default_weight != "mean":
+            return 1.0
+        present = sum(w for w, a in zip(self.weights, self.adapters, strict=True) if module in a.modules_set)
+        return sum(self.weights) / present if present else 1.0
+
+    def layer(self, module: str, context: Any = None) -> LayerInputs:
         """The inputs of one module with its weights resolved."""
-        factors = self.load(module)
-        share = 1.0
-        if self.on_missing == "present" and self.row.default_weight == "mean":
-            present = sum(w for w, f in zip(self.weights, factors, strict=True) if f is not None)
-            share = sum(self.weights) / present if present else 1.0
-        return LayerInputs(module, factors, [w * share for w in self.weights])
+        share = self.share(module)
+        return LayerInputs(
+            module,
+            self.load(module),
+            [w * share for w in self.weights],
+            tuple(self.keys),
+            [found.get(module) for found in self.stats] or [None] * len(self.adapters),
+            context,
+            self.on_missing == "present",
+        )
+
+    def bias(self, module: str) -> Tensor | None:
+        """sum_i w_i s_i b_i of the adapters with a bias on lora_B (float32), or None where none has one."""
+        total: Tensor | None = None
+        for weight, adapter in zip(self.weights, self.adapters, strict=True):
+            found = adapter.bias(module) if module in adapter.modules_set else None
+            if found is not None:
+                scaled = found.to(torch.float32) * (weight * self.share(module) * adapter.info(module).scaling)
+                total = scaled if total is None else total + scaled
+        return total

@@ -46,6 +46,7 @@ class MethodRow:
         lone: Parameters under which one adapter alone comes back unchanged; None: it never does.
         identical: What N copies of one adapter give under `lone`: "sum" (N times it), "mean" (it), None (neither).
         gauge: Only the products B A count, not the factors.
+        own_rule: It cuts the weighted sum by itself: rank options that are parameters of it reach it as such.
     """
 
     name: str
@@ -71,6 +72,7 @@ class MethodRow:
     lone: Mapping[str, Any] | None = field(default_factory=dict)
     identical: Literal["sum", "mean"] | None = "mean"
     gauge: bool = True
+    own_rule: bool = False
 
     def params_class(self) -> type[Any]:
         """The dataclass of this method's parameters."""

@@ -1,36 +1,26 @@
-"""`loraforge.merge`: from adapters to a merged adapter. Joins the files, the methods and the calibration."""
+"""`loraforge.merge`: from adapters (or full checkpoints) to a merged one. Joins files, methods and calibration."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-import loraforge
 from loraforge.adapters import (
     Adapter,
+    HeadsPlan,
     all_modules,
     check_compatible,
-    open_adapter,
     output_dtype,
     resolve_heads,
     unique_names,
 )
-from loraforge.errors import LoraforgeError, UsageError, did_you_mean
-from loraforge.kernels.backend import kernel_report
-from loraforge.linalg.factored import norm, pad, truncate_many
-from loraforge.linalg.rank import RankRule
+from loraforge.merging import checks, options
 from loraforge.merging.job import Job, Progress
-from loraforge.merging.methods import MethodRow, find_method
+from loraforge.merging.methods import find_method
 from loraforge.merging.result import MergeResult
-from loraforge.types import LayerInputs, LowRank
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+from loraforge.merging.sinks import Output, held, result_to_model, to_disk, to_memory, to_model
 
 
 def merge(
@@ -40,14 +30,20 @@ def merge(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    nuclear: float | None = None,
+    ratio: float | None = None,
+    fro_error: float | None = None,
+    budget: int | None = None,
     min_rank: int | None = None,
     max_rank: int | None = None,
     uniform_rank: bool = False,
+    post: str = "none",
     dtype: str = "auto",
     device: str = "auto",
     seed: int | None = None,
     base: Any = None,
     calibration: Mapping[str, Any] | Sequence[Any] | None = None,
+    stats: Mapping[str, Any] | Sequence[Any] | None = None,
     samples: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 2048,
@@ -56,25 +52,38 @@ def merge(
     on_missing: str = "zero",
     heads_from: str | None = None,
     force: bool = False,
+    ignore_unknown: bool = False,
     dry_run: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    format: str = "auto",  # noqa: A002
+    output_kind: str = "adapter",
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merges adapters of one base model into one adapter.
+    """Merges adapters of one base model into one, or full checkpoints into one model.
 
     Args:
-        adapters: PEFT folders, in an order that is kept.
+        adapters: PEFT folders or files of adapters (or model folders, with `base`), in an order that is kept.
         method: A name of `METHODS`.
         weights: w_i, one an adapter, any sign; default 1 for sums and 1/N for averages (c_i = 1 if calibrated).
         rank: Output rank of every module, clamped to what the module can have.
         energy: Keep the least rank with this share of the squared spectrum, in (0, 1].
+        nuclear: Keep the least rank with this share of the sum of the spectrum, in (0, 1].
+        ratio: Keep singular values above the largest over this number.
+        fro_error: Keep the least rank with at most this relative Frobenius error.
+        budget: Parameters that all modules share, dealt out by what each rank explains.
         min_rank: Lower clamp of the rank.
         max_rank: Upper clamp of the rank.
         uniform_rank: Pad every module with zeros to one rank, for consumers that read a single scale.
+        post: "iso" flattens the spectrum of any method's result after the rank rule.
         dtype: Dtype of the written factors: auto (that of the adapters), float32, bfloat16, float16 or float64.
         device: auto, cpu, cuda or cuda:i.
         seed: Seed of every random draw.
-        base: Base model (folder, id in the local cache, or a module); calibrated methods only.
+        base: Base model (folder, id in the local cache, or a module); for calibrated methods, full checkpoints, DoRA
+            adapters and output_kind "model".
         calibration: One calibration set an adapter: {name: source} or sources in the adapters' order.
+        stats: One file of input statistics an adapter (`loraforge collect-stats`), by name or in order.
         samples: Calibration samples a task.
         max_length: Tokens a sample.
         batch_tokens: Tokens a batch of the calibration forward.
@@ -83,7 +92,13 @@ def merge(
         on_missing: A module that only some adapters have: "zero", "present" or "error".
         heads_from: Adapter whose task heads the merged adapter gets.
         force: Merge although base model or task type differ.
+        ignore_unknown: Leave keys out that are no part of an adapter.
         dry_run: Plan only; nothing is computed or written.
+        out: Write the result there while it is made, in bounded memory; None keeps it in memory.
+        overwrite: Replace an earlier output.
+        resume: Continue an interrupted run of the same merge to `out`.
+        format: "peft", "kohya", "diffusers", or auto: the format that all adapters share, else PEFT.
+        output_kind: "adapter", or "model": base + delta (needs `base` and `out`).
         progress: Called with (stage, detail, done, total).
 
     Raises:
@@ -92,219 +107,95 @@ def merge(
     """
     started = time.perf_counter()
     row = find_method(method)
-    parameters = _parameters(
+    for name, value, known in (
+        ("on_missing", on_missing, ("zero", "present", "error")),
+        ("dtype", dtype, ("auto", *options.DTYPES)),
+        ("post", post, ("none", "iso")),
+        ("output_kind", output_kind, ("adapter", "model")),
+        ("format", format, ("auto", "peft", "kohya", "diffusers")),
+    ):
+        options.check_choice(name, value, known)
+    own, rule = options.split_rank_options(
         row,
-        dict(params or {}),
+        {
+            "rank": rank, "energy": energy, "nuclear": nuclear, "ratio": ratio, "fro_error": fro_error,
+            "min_rank": min_rank, "max_rank": max_rank,
+        },
+    )  # fmt: skip
+    parameters = options.make_parameters(
+        row,
+        {**own, **(params or {})},
         {"samples_num": samples, "max_length": max_length, "seed": seed},
-        {"base": base, "calibration": calibration, "samples": samples, "max_length": max_length, "template": template},
+        {"calibration": calibration, "samples": samples, "max_length": max_length, "template": template},
     )
-    rule = RankRule(rank, energy, 1 if min_rank is None else min_rank, max_rank)
-    _check_choice("on_missing", on_missing, ("zero", "present", "error"))
-    _check_choice("dtype", dtype, ("auto", *_DTYPES))
-    opened = _open(adapters)
+    checks.check_inputs(row, adapters, weights)
+    place = options.choose_device(device)
+    if checks.are_checkpoints(adapters):
+        from loraforge.merging.models import merge_models
+
+        checks.refuse_for_models(output_kind, format, heads_from, uniform_rank=uniform_rank, budget=budget)
+        report = merge_models(
+            [os.fspath(a) for a in adapters if not isinstance(a, Adapter)], row, parameters, weights=weights, base=base, out=out, rule=rule,
+            post=options.post_params(row, parameters, post), dtype=dtype, device=place, stats=stats,
+            on_missing=on_missing, overwrite=overwrite, resume=resume, dry_run=dry_run, seed=seed, progress=progress,
+        )  # fmt: skip
+        return MergeResult({}, report, [], HeadsPlan(), options.DTYPES["float32"])
+    opened = checks.open_all(adapters, ignore_unknown)
     forced = check_compatible(opened, force)
+    checks.check_base(row, opened, base, output_kind, out, dry_run=dry_run)
     heads = resolve_heads(opened, heads_from)
     modules = all_modules(opened)
-    _check_missing(opened, modules, on_missing)
+    checks.check_missing(opened, modules, on_missing)
+    checks.check_equal_ranks(row, parameters, opened, modules)
+    names = unique_names(opened)
     job = Job(
         row=row,
         params=parameters,
         adapters=opened,
-        names=unique_names(opened),
+        names=names,
+        keys=checks.draw_keys([a.path for a in opened]),
         modules=modules,
-        weights=_weights(row, parameters, weights, len(opened)),
+        weights=options.choose_weights(row, parameters, weights, len(opened)),
         rule=rule,
-        device=_device(device),
+        device=place,
         on_missing=on_missing,
         uniform_rank=uniform_rank,
         progress=progress,
-        warnings=[*forced, *heads.notes],
+        post=options.post_params(row, parameters, post),
+        budget=options.check_budget(row, budget, rule),
+        stats=options.load_statistics(row, stats, names, modules),
+        loader=options.choose_loader(opened, base, rule),
+        warnings=[*forced, *heads.notes, *(note for a in opened for note in a.notes)],
     )
-    target = output_dtype(opened) if dtype == "auto" else _DTYPES[dtype]
-    extra: dict[str, Any] = {}
-    if row.needs == "calibration":
+    target = output_dtype(opened) if dtype == "auto" else options.DTYPES[dtype]
+    output = Output(out, overwrite, resume, options.choose_format(format, opened), target, heads, seed, started)
+    if row.needs == "calibration" or dry_run:
+        result = _calibrated(job, output, base, calibration, batch_tokens, template, dry_run=dry_run)
+    elif output_kind == "adapter":
+        return to_disk(job, output) if out is not None and not uniform_rank else to_memory(job, output)
+    else:
+        return to_model(job, output, base)
+    if dry_run or out is None:
+        return result
+    if output_kind == "model":
+        return result_to_model(job, output, base, result)
+    result.save(out, overwrite, output.format)
+    return result
+
+
+def _calibrated(
+    job: Job, output: Output, base: Any, calibration: Any, batch_tokens: int, template: str | None, *, dry_run: bool
+) -> MergeResult:
+    """A calibrated method, or the plan of any."""
+    extra: dict[str, Any]
+    if job.row.needs == "calibration":
         from loraforge.merging.calibrated import merge_calibrated
 
         merged, layers, extra = merge_calibrated(job, base, calibration, batch_tokens, template, dry_run)
-    elif dry_run:
+        if output.resume:
+            job.warnings.append("a calibrated merge is solved in one piece: --resume had nothing to continue")
+    else:
         from loraforge.merging.plan import plan_factored
 
-        merged, layers, extra = {}, [], {"plan": plan_factored(job, target)}
-    else:
-        merged, layers = _merge_factored(job)
-    if uniform_rank and merged:
-        widest = max(pair.rank for pair in merged.values())
-        merged = {name: pad(pair, widest) for name, pair in merged.items()}
-        for layer in layers:
-            layer["rank"] = widest
-    report = _report(job, merged, layers, seed, time.perf_counter() - started) | extra
-    return MergeResult(merged, report, opened, heads, target)
-
-
-def _parameters(
-    row: MethodRow, values: dict[str, Any], drawing: Mapping[str, Any], calibrating: Mapping[str, Any]
-) -> Any:
-    """The method's parameters; what only calibrated methods read is refused elsewhere.
-
-    Raises:
-        UsageError: An unknown parameter, or calibration options for a method that uses none.
-    """
-    if row.needs == "calibration":
-        values |= {key: value for key, value in drawing.items() if value is not None}
-    else:
-        given = [f"--{name.replace('_', '-')}" for name, value in calibrating.items() if value is not None]
-        if given:
-            raise UsageError(
-                f"method '{row.name}' uses no base model and no calibration data",
-                got=", ".join(given),
-                hint="leave these options out, or choose iteris-plus",
-            )
-    return row.make_params(values)
-
-
-def _merge_factored(job: Job) -> tuple[dict[str, LowRank], list[dict[str, Any]]]:
-    """A data-free method over all modules, then the rank rule, in windows of modules."""
-    function = job.row.load_function()
-    exact: list[LowRank] = []
-    rules: list[RankRule] = []
-    for done, module in enumerate(job.modules):
-        if job.progress is not None:
-            job.progress("merging", module, done, len(job.modules))
-        with job.phase("read"):
-            layer = job.layer(module)
-        with job.phase("merge"):
-            exact.append(function(layer, job.params))
-        rules.append(_rule_of(job, layer))
-    if all(rule.is_lossless for rule in rules):
-        sizes = [norm(pair) for pair in exact]
-        layers: list[dict[str, Any]] = [
-            {"module": m, "rank": p.rank, "kept_energy": 1.0, "relative_error": 0.0, "norm": s, "spectrum": None}
-            for m, p, s in zip(job.modules, exact, sizes, strict=True)
-        ]
-        return dict(zip(job.modules, exact, strict=True)), layers
-    with job.phase("rank"):
-        cut = truncate_many(exact, rules)
-    layers = []
-    for module, result in zip(job.modules, cut, strict=True):
-        size = float(result.spectrum.norm())
-        layers.append(
-            {
-                "module": module,
-                "rank": result.rank,
-                "kept_energy": result.kept_energy,
-                "relative_error": result.error / size if size > 0 else 0.0,
-                "norm": size,
-                "spectrum": result.spectrum.tolist(),
-            }
-        )
-        job.tell_clamped(module, result.factors.rank)
-    return {m: r.factors for m, r in zip(job.modules, cut, strict=True)}, layers
-
-
-def _rule_of(job: Job, layer: LayerInputs) -> RankRule:
-    """The user's rank rule, or the method's default one."""
-    if not job.rule.is_lossless or job.row.default_rank == "full":
-        return job.rule
-    widest = max(f.rank for _, f in layer.present)
-    return RankRule(rank=max(widest, job.rule.min_rank))
-
-
-def _report(
-    job: Job, merged: Mapping[str, LowRank], layers: list[dict[str, Any]], seed: int | None, seconds: float
-) -> dict[str, Any]:
-    """The account of a merge; relative_error and kept_energy are totals over all modules, by squared norms."""
-    total = sum(layer["norm"] ** 2 for layer in layers)
-    lost = sum((layer["norm"] * layer["relative_error"]) ** 2 for layer in layers)
-    relative = (lost / total) ** 0.5 if total > 0 else 0.0
-    return {
-        "out": None,
-        "method": job.row.name,
-        "params": dataclasses.asdict(job.params),
-        "weights": list(job.weights),
-        "adapters": [
-            {
-                "name": name,
-                "path": os.fspath(a.path),
-                "sha256": a.sha256,
-                "modules": len(a.modules),
-                "ranks": sorted({a.info(m).rank for m in a.modules}),
-            }
-            for name, a in zip(job.names, job.adapters, strict=True)
-        ],
-        "modules": len(job.modules),
-        "rank_max": max((pair.rank for pair in merged.values()), default=0),
-        "parameters": sum(pair.B.numel() + pair.A.numel() for pair in merged.values()),
-        "relative_error": relative,
-        "kept_energy": 1.0 - relative**2,
-        "seconds": seconds,
-        "phases": job.phases,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device": str(job.device),
-        "seed": getattr(job.params, "seed", seed),
-        "kernels": kernel_report(),
-        "versions": {"loraforge": loraforge.__version__, "torch": torch.__version__},
-        "warnings": job.warnings,
-        "layers": layers,
-    }
-
-
-def _open(adapters: Sequence[str | os.PathLike[str] | Adapter]) -> list[Adapter]:
-    if isinstance(adapters, str | os.PathLike) or not adapters:
-        raise LoraforgeError("no list of adapters was given", got=repr(adapters), expected="one or more PEFT folders")
-    return [a if isinstance(a, Adapter) else open_adapter(a) for a in adapters]
-
-
-def _weights(row: MethodRow, params: Any, weights: Sequence[float] | None, count: int) -> list[float]:
-    """One weight an adapter; `manual_ceof` of the calibrated methods says the same thing."""
-    manual = getattr(params, "manual_ceof", None)
-    if weights is not None and manual is not None:
-        raise UsageError("--weights and manual_ceof both set the coefficients", hint="give one of the two")
-    chosen = weights if weights is not None else manual
-    if chosen is None:
-        return [1.0 / count if row.default_weight == "mean" else 1.0] * count
-    if len(chosen) != count:
-        raise LoraforgeError(
-            "the number of weights is wrong", got=f"{len(chosen)} weights", expected=f"{count}, one an adapter"
-        )
-    try:
-        values = [float(w) for w in chosen]
-    except (TypeError, ValueError) as error:
-        raise UsageError("a weight is not a number", got=repr(chosen), expected="one number an adapter") from error
-    if not all(w == w and abs(w) != float("inf") for w in values):
-        raise LoraforgeError("a weight is not finite", got=values, expected="finite numbers")
-    return values
-
-
-def _check_missing(adapters: Sequence[Adapter], modules: Sequence[str], on_missing: str) -> None:
-    """Refuses modules that only some adapters have, if the user asked for that."""
-    if on_missing != "error":
-        return
-    gaps = [f"{m} (not in {', '.join(a.name for a in adapters if m not in a.modules_set)})" for m in modules]
-    gaps = [gap for gap, m in zip(gaps, modules, strict=True) if any(m not in a.modules_set for a in adapters)]
-    if gaps:
-        raise LoraforgeError(
-            "some modules are missing from some adapters",
-            where="; ".join(gaps[:4]),
-            got=f"{len(gaps)} such modules",
-            hint="--on-missing zero takes a missing delta as 0",
-        )
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"unknown value of {name}", got=value, hint=did_you_mean(value, choices))
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name; auto is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", got=name, expected="auto, cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError("unsupported device", got=name, expected="auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LoraforgeError("this torch sees no GPU", got=name, hint="use --device cpu; `loraforge doctor` says more")
-    return device
+        merged, layers, extra = {}, [], {"plan": plan_factored(job, output.dtype)}
+    return held(job, output, merged, layers, {}, extra)

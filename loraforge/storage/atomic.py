@@ -1,8 +1,12 @@
 """Folders that appear whole or not at all.
 
-A new folder is filled beside its place under a temporary name, flushed to disk and renamed. A replaced folder stays
-untouched until the new one is whole; where the system can exchange two names in one step, there is no moment without
-one.
+A new folder is filled beside its place under a temporary name, `.NAME.part`, flushed to disk and renamed. A replaced
+folder stays untouched until the new one is whole; where the system can exchange two names in one step, there is no
+moment without one.
+
+The temporary folder is locked while a run fills it. What a killed run left there is removed by the next one, or taken
+up by it: a run that names its fingerprint (what its result depends on) leaves it in the folder, and a run with the same
+fingerprint that asks to resume gets the folder with what is in it.
 """
 
 from __future__ import annotations
@@ -10,13 +14,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from loraforge.errors import LoraforgeError
+from loraforge.storage.leftovers import RESUME, claim, clear, hold, is_left_by
 
 MARKERS = ("adapter_config.json", "run.json")
 _AT_FDCWD = -100
@@ -24,32 +29,57 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def new_folder(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    out: str | os.PathLike[str],
+    overwrite: bool = False,
+    *,
+    resume: bool = False,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` when the block ends well; any exception leaves no trace.
+
+    Files that serve only a continuation belong into its folder RESUME, which is there where `fingerprint` is given.
 
     Args:
         out: The folder to make; parents are made as needed.
         overwrite: Replace an existing folder that an earlier run made (it holds one of MARKERS) or that is empty.
+        resume: Take up what an interrupted run with this fingerprint left, and leave the folder if interrupted (by
+            KeyboardInterrupt) again. With nothing to take up, the folder is empty.
+        fingerprint: JSON-ready: everything that decides what the block writes. None: nothing can be taken up.
 
     Raises:
-        LoraforgeError: `out` exists and may not be replaced, or the disk refuses (full, no permission).
+        LoraforgeError: `out` exists and may not be replaced, another run fills it, an interrupted run had another
+            fingerprint, or the disk refuses (full, no permission).
     """
     target = Path(out).resolve()
     check_target(target, overwrite)
     made = _missing_parents(target)
-    temporary: Path | None = None
+    temporary = target.with_name(f".{target.name}.part")
+    lock: int | None = None
+    ours = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        temporary.mkdir()
+        lock = claim(temporary, target)
+        left = resume and is_left_by(temporary, target, fingerprint)
+        ours = True
+        if not left:
+            clear(temporary, fingerprint)
         yield temporary
+        shutil.rmtree(temporary / RESUME, ignore_errors=True)
         _publish(temporary, target, overwrite)
-        made = []
+        # From here on the temporary name may be another run's.
+        ours, made = False, []
     except OSError as error:
         raise _refusal(target, temporary, error) from error
+    except KeyboardInterrupt:
+        # Only an interrupted run is worth keeping: any other failure would come again.
+        ours = ours and not (resume and fingerprint is not None)
+        raise
     finally:
-        if temporary is not None:
+        if ours:
             shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
@@ -102,7 +132,7 @@ def flush_file(path: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    """Flushes the temporary folder and gives it the target's name; the old content ends up under the temporary name."""
+    """Flushes the temporary folder and gives it the target's name; what had that name before is removed."""
     for entry in sorted(temporary.rglob("*"), reverse=True):
         flush_file(entry)
     flush_file(temporary)
@@ -110,8 +140,15 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
     check_target(target, overwrite)
     if not target.exists():
         temporary.rename(target)
-    elif not _exchange(temporary, target):
-        _swap(temporary, target)
+    else:
+        # The old content gets the temporary name for a moment, and must not be taken for a leftover there.
+        held = hold(target)
+        try:
+            if not _exchange(temporary, target):
+                _swap(temporary, target)
+            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            os.close(held)
     flush_file(target.parent)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,8 +16,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
+from loraforge.storage.header import (
+    FLOATING,
+    STORED,
+    ascii_line,
+    check_names,
+    check_regular,
+    damaged,
+    dtype_error,
+    read_header,
+)
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+__all__ = ["FLOATING", "STORED", "BinFile", "SafetensorsFile", "TensorFile", "damaged", "open_tensors", "sha256_of"]
+
+# What torch's loader raises on bytes that no torch.save wrote.
+_UNREADABLE = (
+    RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, ImportError,
+    AssertionError, MemoryError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class TensorFile(Protocol):
@@ -36,6 +54,11 @@ class TensorFile(Protocol):
         """Dtype by key."""
         ...
 
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Free text that the file carries; empty where its format has none."""
+        ...
+
     def read(self, keys: tuple[str, ...]) -> list[Tensor]:
         """The tensors of `keys`, as stored."""
         ...
@@ -44,28 +67,17 @@ class TensorFile(Protocol):
 class SafetensorsFile:
     """A .safetensors file. The header is read once, the file is opened anew for each read."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads the header.
+    def __init__(self, path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> None:
+        """Reads and checks the header.
 
         Raises:
-            LoraforgeError: The file is damaged, or holds tensors of other dtypes than floating point.
+            LoraforgeError: The file is damaged, lies about its data, or holds tensors of other dtypes.
         """
+        header = read_header(path, allowed)
         self.path = path
-        self.shapes: Mapping[str, tuple[int, ...]]
-        self.dtypes: Mapping[str, torch.dtype]
-        shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: dict[str, torch.dtype] = {}
-        try:
-            with safe_open(path, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - the handle is no mapping
-                    piece = handle.get_slice(key)
-                    name = piece.get_dtype()
-                    if name not in _DTYPES:
-                        raise dtype_error(path, key, name)
-                    shapes[key], dtypes[key] = tuple(piece.get_shape()), _DTYPES[name]
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
-        self.shapes, self.dtypes = shapes, dtypes
+        self.shapes: Mapping[str, tuple[int, ...]] = header.shapes
+        self.dtypes: Mapping[str, torch.dtype] = header.dtypes
+        self.metadata: Mapping[str, str] = header.metadata
 
     def read(self, keys: tuple[str, ...]) -> list[Tensor]:
         """The tensors of `keys`, mapped from the file."""
@@ -77,46 +89,42 @@ class SafetensorsFile:
 
 
 class BinFile:
-    """A .bin file: a pickle without a header, so it is loaded whole (weights only, no code runs)."""
+    """A .bin file: a pickle without a header. Its names are loaded (no code runs), its tensors are mapped."""
 
-    def __init__(self, path: Path) -> None:
-        """Loads the file.
+    def __init__(self, path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> None:
+        """Loads the names and maps the tensors.
 
         Raises:
-            LoraforgeError: It is damaged, holds anything but tensors, or wants to run code.
+            LoraforgeError: It is damaged, holds anything but tensors, wants to run code, or claims more than it holds.
         """
         self.path = path
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise LoraforgeError(
-                "The .bin file is damaged or holds objects other than tensors, which could run code",
-                where=path,
-                got=_refused_object(str(error)),
-                expected="a dictionary of tensors",
-                hint="ask for the adapter as .safetensors",
-            ) from error
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
-            raise damaged(path, error) from error
-        if not isinstance(content, dict) or not all(
-            isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
-        ):
-            raise LoraforgeError("The .bin file is not a dictionary of tensors", where=path, got=type(content).__name__)
-        self.tensors: dict[str, Tensor] = {key: value.detach() for key, value in content.items()}
+        self.metadata: Mapping[str, str] = {}
+        self.tensors = {key: value.detach() for key, value in _load(path).items()}
+        check_names(path, self.tensors)
+        kinds = frozenset(allowed)
         for key, value in self.tensors.items():
-            if value.dtype not in _DTYPES.values():
-                raise dtype_error(path, key, str(value.dtype))
-        self.shapes = {key: tuple(value.shape) for key, value in self.tensors.items()}
-        self.dtypes = {key: value.dtype for key, value in self.tensors.items()}
+            if value.dtype not in kinds:
+                raise dtype_error(path, key, str(value.dtype), kinds)
+            _check_held(path, key, value)
+        self.shapes: Mapping[str, tuple[int, ...]] = {key: tuple(value.shape) for key, value in self.tensors.items()}
+        self.dtypes: Mapping[str, torch.dtype] = {key: value.dtype for key, value in self.tensors.items()}
 
     def read(self, keys: tuple[str, ...]) -> list[Tensor]:
         """The tensors of `keys`."""
         return [self.tensors[key] for key in keys]
 
 
-def open_tensors(path: Path) -> TensorFile:
-    """Opens a .safetensors or .bin file by its suffix."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
+def open_tensors(path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> TensorFile:
+    """Opens a .safetensors file, or by any other suffix a .bin (.pt) file.
+
+    Args:
+        path: The file.
+        allowed: Dtypes that the caller can use: FLOATING, or STORED where integers and flags may occur too.
+
+    Raises:
+        LoraforgeError: No regular file, damaged, hostile, or a tensor of another dtype.
+    """
+    return SafetensorsFile(path, allowed) if path.suffix == ".safetensors" else BinFile(path, allowed)
 
 
 def sha256_of(path: Path) -> str:
@@ -125,29 +133,61 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    """The dictionary of tensors in a pickle, by the loader that builds nothing but tensors."""
+    size = check_regular(path)
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            _check_archive(path, size)
+        # Only the archive format of torch >= 1.6 can be mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        raise LoraforgeError(
+            "The .bin file is damaged or holds objects other than tensors, which could run code",
+            where=path,
+            got=_refused_object(str(error)),
+            expected="a dictionary of tensors",
+            hint="ask for the adapter as .safetensors",
+        ) from error
+    except _UNREADABLE as error:
+        raise damaged(path, error) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
+        raise LoraforgeError("The .bin file is not a dictionary of tensors", where=path, got=type(content).__name__)
+    return content
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuses archives that unpack to more than they are: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None or sum(entry.file_size for entry in entries) > size:
+        raise LoraforgeError(
+            "The .bin file unpacks to more than it holds",
+            where=path,
+            got=f"{size} bytes that unpack to {sum(entry.file_size for entry in entries)}",
+            expected="an archive of stored entries, as torch.save writes it",
+            hint="do not trust this file",
+        )
+
+
+def _check_held(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuses tensors without plain numbers, and views that repeat a few stored numbers many times."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise LoraforgeError(
+            "A tensor in the .bin file claims more than the file holds",
+            where=f"{path}: {key}",
+            got=f"shape {list(tensor.shape)}, {tensor.layout} on {tensor.device}",
+            expected="a plain tensor with all of its numbers",
+            hint="save it again with contiguous tensors, or ask for it as .safetensors",
+        )
+
+
 def _refused_object(message: str) -> str:
     """What the weights-only loader met; its own words go, because they advise to switch the protection off."""
     found = re.search(r"GLOBAL (\S+)", message)
-    return f"the object {found[1]}" if found else "no pickle of tensors"
-
-
-def damaged(path: Path, error: Exception) -> LoraforgeError:
-    """The error for a file that cannot be read as tensors."""
-    size = f"{path.stat().st_size} bytes" if path.exists() else "no file"
-    return LoraforgeError(
-        "The file of weights is damaged or incomplete",
-        where=path,
-        got=f"{str(error).strip()[:200]} ({size})",
-        expected="a whole .safetensors or .bin file",
-        hint="download or copy it again (a git-lfs pointer of about 130 bytes is not the file itself)",
-    )
-
-
-def dtype_error(path: Path, key: str, dtype: str) -> LoraforgeError:
-    """The error for a tensor that is not floating point."""
-    return LoraforgeError(
-        "A tensor has an unsupported dtype",
-        where=f"{path}: {key}",
-        got=dtype,
-        expected="float32, bfloat16, float16 or float64",
-    )
+    return f"the object {ascii_line(found[1])}" if found else "no pickle of tensors"

@@ -128,8 +128,28 @@ def test_missing_things(tmp_path: Path) -> None:
     (path / "adapter_model.safetensors").unlink()
     message = refused(path)
     assert "no weights" in message and "adapter_model.bin" in message
-    single = simple(tmp_path / "b") / "adapter_model.safetensors"
-    assert "adapter folder is needed" in refused(single)
+    (path / "adapter_config.json").unlink()
+    for name in ("one", "two"):
+        save_file({"x.lora_A.weight": torch.ones(2, 2)}, path / f"{name}.safetensors")
+    assert "several files of tensors" in refused(path)
+    lone = simple(tmp_path / "b")
+    (lone / "adapter_config.json").unlink()
+    message = refused(lone)
+    assert "no adapter_config.json" in message and "alpha = r" in message
+    (tmp_path / "text.txt").write_text("x")
+    assert "no file of tensors" in refused(tmp_path / "text.txt")
+
+
+def test_a_file_is_read_with_the_configuration_beside_it(tmp_path: Path) -> None:
+    file = simple(tmp_path / "a") / "adapter_model.safetensors"
+    adapter = open_adapter(file)
+    assert adapter.info("layers.2.q").scaling == 2.0 and adapter.name == "a" and not adapter.notes
+    other = tmp_path / "a" / "step-100.safetensors"
+    file.rename(other)
+    assert open_adapter(other).info("layers.2.q").scaling == 2.0 and open_adapter(other).name == "step-100"
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    bare = open_adapter(other)
+    assert bare.info("layers.2.q").scaling == 1.0 and "alpha = r" in bare.notes[0] and bare.format == "peft"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -10])
@@ -205,7 +225,6 @@ def test_wrong_fields_are_named(tmp_path: Path, fields: dict[str, Any], part: st
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "PiSSA"),
         ({"init_lora_weights": "pissa_niter_16"}, "PiSSA"),
         ({"init_lora_weights": "olora"}, "OLoRA"),
@@ -220,9 +239,8 @@ def test_wrong_fields_are_named(tmp_path: Path, fields: dict[str, Any], part: st
         ({"arrow_config": {"x": 1}}, "Arrow"),
         ({"megatron_config": {"x": 1}}, "Megatron"),
         ({"layer_replication": [[0, 2]]}, "layer replication"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"target_parameters": ["experts.w"]}, "mixture-of-experts"),
-        ({"peft_type": "LOHA"}, "not a LoRA adapter"),
+        ({"peft_type": "OFT"}, "not a LoRA adapter"),
+        ({"peft_type": "LOHA", "alpha": 4}, "LoRA factors, though its peft_type is LOHA"),
         ({"peft_type": None}, "not a LoRA adapter"),
     ],
 )
@@ -238,19 +256,16 @@ def test_other_initialisations_are_read(tmp_path: Path, start: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "shape", "name"),
     [
-        ("layers.2.q.lora_magnitude_vector", (6,), "DoRA"),
-        ("emb.lora_embedding_A", (4, 9), "embedding"),
-        ("layers.2.q.lora_B.bias", (6,), "lora_bias"),
         ("layers.2.q.hada_w1_a", (6, 4), "LyCORIS"),
         ("layers.2.q.lora_up.weight", (6, 4), "kohya"),
         ("layers.2.q.lora.up.weight", (6, 4), "diffusers"),
         ("layers.2.q.unknown", (6, 4), "no part of a LoRA adapter"),
         ("layers.2.q.bias", (6,), "no part of a LoRA adapter"),
         ("score.weight", (2, 5), "no part of a LoRA adapter"),
-        ("../../etc.lora_A.weight", (4, 5), "not dotted module names"),
+        ("../../etc.lora_A.weight", (4, 5), "not acceptable"),
         ("a/b.lora_A.weight", (4, 5), "not dotted module names"),
         ("a..b.lora_A.weight", (4, 5), "not dotted module names"),
-        ("a\nb.lora_A.weight", (4, 5), "not dotted module names"),
+        ("a\nb.lora_A.weight", (4, 5), "not acceptable"),
     ],
 )
 def test_foreign_keys_are_listed(tmp_path: Path, key: str, shape: tuple[int, ...], name: str) -> None:
@@ -265,14 +280,24 @@ def test_a_module_may_be_called_like_another_format(tmp_path: Path) -> None:
 
 def test_keys_without_the_prefix(tmp_path: Path) -> None:
     tensors = {key.removeprefix(PREFIX): value for key, value in factors(MODULES).items()}
-    assert "do not start with" in refused(write_folder(tmp_path / "a", tensors, config()))
+    adapter = open_adapter(write_folder(tmp_path / "a", tensors, config()))
+    assert adapter.modules == ("layers.2.q", "layers.10.q") and "do not start with" in adapter.notes[0]
+    assert adapter.info("layers.2.q").scaling == 2.0
+    mixed = {**factors(MODULES), "odd.lora_A.weight": torch.ones(4, 5)}
+    assert "do not start with" in refused(write_folder(tmp_path / "b", mixed, config()))
+
+
+def test_unknown_keys_can_be_passed_over(tmp_path: Path) -> None:
+    path = simple(tmp_path / "a", extra={"odd.thing": torch.ones(2)})
+    assert "--ignore-unknown" in refused(path)
+    adapter = open_adapter(path, ignore_unknown=True)
+    assert len(adapter.modules) == 2 and "odd.thing" in adapter.notes[0]
 
 
 def test_shapes_that_contradict(tmp_path: Path) -> None:
-    path = simple(
-        tmp_path / "conv", extra={"c.lora_A.weight": torch.ones(4, 3, 1, 1), "c.lora_B.weight": torch.ones(6, 4, 1, 1)}
-    )
-    assert "convolutions" in refused(path)
+    grouped = {"c.lora_A.weight": torch.ones(4, 3, 3, 3), "c.lora_B.weight": torch.ones(6, 2, 1, 1)}
+    message = refused(simple(tmp_path / "conv", extra=grouped))
+    assert "grouped convolution" in message and "2 groups" in message
     path = simple(tmp_path / "fit", extra={"c.lora_A.weight": torch.ones(4, 5), "c.lora_B.weight": torch.ones(6, 3)})
     assert "do not fit" in refused(path)
     path = simple(tmp_path / "half", extra={"c.lora_B.weight": torch.ones(6, 4)})
@@ -331,12 +356,14 @@ def test_real_adapters(data_dir: Path, name: str) -> None:
         assert (info.rank, info.scaling) == (rank, scaling) and lr.shape == (info.m, info.n)
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [("sam-vitb-rank4", "Sam_LoRA"), ("sd15-2100-diffusers", "diffusers"), ("sd15-2100-kohya-noalpha", "kohya")],
-)
-def test_real_files_of_other_formats(data_dir: Path, name: str, what: str) -> None:
-    folder = data_dir / "adapters" / name
-    message = refused(folder)
-    assert what in message and "PEFT folder" in message
-    assert what in refused(next(folder.glob("*.safetensors")))
+def test_real_sam_files_need_a_key_map(data_dir: Path) -> None:
+    folder = data_dir / "adapters" / "sam-vitb-rank4"
+    for path in (folder, next(folder.glob("*.safetensors"))):
+        message = refused(path)
+        assert "Sam_LoRA" in message and "key map" in message
+    names = {f"blocks.{i // 2}.attn.{'qv'[i % 2]}": i for i in range(24)}
+    key_map = {name: {"A": f"w_a_{i:03d}", "B": f"w_b_{i:03d}"} for name, i in names.items()}
+    adapter = open_adapter(folder, key_map=key_map)
+    assert (len(adapter.modules), adapter.format) == (24, "keymap")
+    info = adapter.info("blocks.11.attn.v")
+    assert (info.rank, info.scaling, info.m, info.n) == (4, 1.0, 768, 768)

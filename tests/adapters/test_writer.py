@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-import loraforge.adapters.writer as writer
 from loraforge.adapters import AdapterWriter, HeadsPlan, PeftMeta, open_adapter, write_adapter
 from loraforge.errors import LoraforgeError
+from loraforge.storage.stream import TensorStream
 from loraforge.types import LowRank
 
 from .folders import simple
@@ -189,11 +189,13 @@ def test_a_failure_midway_leaves_no_trace(
         write_adapter(out, modules(RANKS), META)
     before = tree(tmp_path)
 
-    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half of the file")
+    append = TensorStream.append
+
+    def fail(self: TensorStream, key: str, tensor: Tensor) -> None:
+        append(self, key, tensor)
         raise failure
 
-    monkeypatch.setattr(writer, "save_file", save)
+    monkeypatch.setattr(TensorStream, "append", fail)
     with pytest.raises(seen) as caught:
         write_adapter(out, modules({"new": 2}), META, overwrite=existing)
     if isinstance(caught.value, LoraforgeError):
@@ -252,10 +254,10 @@ def test_a_refusal_names_the_target_and_the_reason(tmp_path: Path, monkeypatch: 
 
 
 def test_a_full_disk_is_named_without_the_temporary_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        raise OSError(f"Error while serializing {path}: No space left on device (os error 28)")
+    def fail(self: TensorStream, key: str, tensor: Tensor) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
 
-    monkeypatch.setattr(writer, "save_file", save)
+    monkeypatch.setattr(TensorStream, "append", fail)
     with pytest.raises(LoraforgeError, match="No space left") as caught:
         write_adapter(tmp_path / "out", modules(RANKS), META)
     assert "free space" in str(caught.value) and ".part" not in str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import Result
 
 from loraforge.cli._places import check_output, input_paths
-from loraforge.cli._request import check_format, pair_weights, read_calibration, read_weights
+from loraforge.cli._request import pair_weights, read_files, read_weights
 from loraforge.errors import LoraforgeError, UsageError
 
 from .conftest import FakeMerge

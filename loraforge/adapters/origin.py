@@ -1,0 +1,127 @@
+"""What a written adapter takes from those it was made of: base, task, shapes and kinds of modules, expert stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loraforge.adapters.keys import shorten
+from loraforge.adapters.layouts import Shape
+from loraforge.adapters.reader import Adapter
+from loraforge.errors import LoraforgeError
+
+_WRAPPER = ".base_layer"
+
+
+@dataclass(frozen=True, slots=True)
+class PeftMeta:
+    """What comes from the adapters.
+
+    Attributes:
+        base: base_model_name_or_path.
+        task_type: PEFT's task type.
+        fan_in_fan_out: The base layers are Conv1D.
+        inputs: Folders that were read, which the output must not replace.
+        shapes: Module -> its shape and kind; a module that is not named is a linear one of any size.
+        stacks: Full name of an adapted parameter -> name of its stack in a PEFT file.
+        metadata: Metadata that all files of tensors share.
+        parts_named: Module names start with a part of a pipeline (`unet.`).
+    """
+
+    base: str | None = None
+    task_type: str | None = None
+    fan_in_fan_out: bool = False
+    inputs: tuple[Path, ...] = ()
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    parts_named: bool = False
+
+    @classmethod
+    def like(cls, adapters: Sequence[Adapter]) -> PeftMeta:
+        """The fields of the first adapter that states each; Conv1D if any adapter says so.
+
+        Raises:
+            LoraforgeError: The order of adapted parameters in one module cannot be told.
+        """
+        first = adapters[0].metadata if adapters else {}
+        return cls(
+            base=next((a.base for a in adapters if a.base), None),
+            task_type=next((a.task_type for a in adapters if a.task_type), None),
+            fan_in_fan_out=any(a.settings.fan_in_fan_out for a in adapters),
+            inputs=tuple(a.path for a in adapters),
+            shapes=_shapes(adapters),
+            stacks=_stacks(adapters),
+            metadata={k: v for k, v in first.items() if all(a.metadata.get(k) == v for a in adapters)},
+            parts_named=any(a.format != "peft" for a in adapters),
+        )
+
+
+def _shapes(adapters: Sequence[Adapter]) -> dict[str, Shape]:
+    """Shape and kind of every module, with the largest rank that a merge can give it.
+
+    A result has at most the sum of the ranks, and one padded to a uniform rank at most the largest of those.
+    """
+    ranks: dict[str, int] = {}
+    experts: dict[str, int] = {}
+    for adapter in adapters:
+        for module in adapter.modules:
+            info = adapter.info(module)
+            ranks[module] = ranks.get(module, 0) + info.rank
+            if info.parameter is not None:
+                experts[info.parameter] = max(experts.get(info.parameter, 0), (info.index or 0) + 1)
+    top = max(ranks.values(), default=1)
+    shapes: dict[str, Shape] = {}
+    for adapter in adapters:
+        for module in adapter.modules:
+            info = adapter.info(module)
+            biased = info.has_bias or (module in shapes and shapes[module].biased)
+            shapes[module] = Shape(
+                info.kind,
+                info.m,
+                info.n,
+                info.kernel,
+                info.parameter,
+                info.index or 0,
+                experts.get(info.parameter or "", 1),
+                max(top, min(info.m, info.n)),
+                biased,
+            )
+    return shapes
+
+
+def _stacks(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Name of each parameter's stack of experts.
+
+    PEFT wraps the parameters of one module in one another, the first that the model registers innermost:
+    `experts.base_layer` is the stack of the one before that of `experts`. An adapter that has all
+    tells the order.
+
+    Raises:
+        LoraforgeError: No adapter has all parameters of a module that the adapters have together.
+    """
+    chains: dict[str, list[list[str]]] = {}
+    for adapter in adapters:
+        stems: dict[str, dict[str, str]] = {}
+        for module in adapter.modules:
+            info = adapter.info(module)
+            if info.parameter is not None and info.group is not None:
+                stems.setdefault(info.parameter.rpartition(".")[0], {})[info.parameter] = info.group
+        for parent, found in stems.items():
+            chains.setdefault(parent, []).append(sorted(found, key=lambda name, at=found: -len(at[name])))  # type: ignore[misc]
+    stacks: dict[str, str] = {}
+    for parent, orders in chains.items():
+        longest = max(orders, key=len)
+        together = {name for order in orders for name in order}
+        if together != set(longest):
+            raise LoraforgeError(
+                "The order of adapted parameters in a module cannot be told",
+                where=parent,
+                got="; ".join(shorten(order) for order in orders),
+                expected="one adapter that has all of them (target_parameters)",
+                hint="PEFT's file names them by their order in the model only; merge adapters of the same parameters",
+            )
+        for wrappers, name in enumerate(reversed(longest)):
+            stacks[name] = parent + _WRAPPER * wrappers
+    return stacks

@@ -1,0 +1,120 @@
+"""Random draws that belong to an entry of a matrix, not to the order in which entries are visited.
+
+Philox (4x64, 10 rounds; Salmon et al., SC 2011) maps (key, counter) to random bits without a state in between. The key
+is (seed, module, adapter) and the counter the entry's place, so a draw is the same whatever the blocks, threads, device
+and other adapters: entry e = row * n + column has 32 bits, eight entries share a counter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraforge.linalg.elements import Sparsify
+from loraforge.types import LayerInputs
+
+_PER_COUNTER = 8  # 32-bit draws of one Philox block of 4 x 64 bits
+SPAN = 2**32
+
+
+class Draws:
+    """Uniform 32-bit draws, one an entry, of one adapter in one module.
+
+    Args:
+        seed: The user's seed.
+        module: Dotted name of the module.
+        key: Word of the adapter that does not depend on the adapters' order.
+    """
+
+    def __init__(self, seed: int, module: str, key: str) -> None:
+        digest = hashlib.sha256("\0".join((str(seed), module, key)).encode()).digest()
+        self._key = int.from_bytes(digest[:16], "little")
+
+    def draw(self, first: int, count: int) -> NDArray[np.uint32]:
+        """Draws of entries first .. first + count, (count,), each uniform on 0 .. 2^32 - 1."""
+        block, skip = divmod(first, _PER_COUNTER)
+        words = -(-(skip + count) // 2)
+        raw = np.random.Philox(key=self._key, counter=block).random_raw(words)
+        return raw.astype("<u8", copy=False).view("<u4")[skip : skip + count]
+
+
+def draws_of(layer: LayerInputs, seed: int) -> list[Draws]:
+    """The draws of each adapter in a module; where the layer names no keys, adapters are told apart by place."""
+    keys = layer.keys or [str(index) for index in range(len(layer.factors))]
+    return [Draws(seed, layer.module, key) for key in keys]
+
+
+def drop_and_rescale(layer: LayerInputs, density: float, seed: int) -> Sparsify:
+    """DARE: keeps an entry with probability `density` and divides what is kept by it.
+
+    Args:
+        layer: Names the module and the adapters.
+        density: Met to 2^-32; 0 keeps nothing and 1 everything.
+        seed: The user's seed.
+    """
+    draws = draws_of(layer, seed)
+    limit = round(density * SPAN)
+
+    def sparsify(index: int, tile: Tensor, start: int) -> None:
+        if limit == 0:
+            tile.zero_()
+        elif limit < SPAN:
+            rows, n = tile.shape
+            _keep(tile, draws[index].draw(start * n, rows * n).reshape(rows, n) < np.uint32(limit))
+            tile.mul_(1.0 / density)
+
+    return sparsify
+
+
+def drop_by_rank(layer: LayerInputs, density: float, epsilon: float, seed: int, *, divide: bool) -> Sparsify:
+    """DELLA: keeps an entry with a probability that grows with the rank of its magnitude in its row.
+
+    Args:
+        layer: Names the module and the adapters.
+        density: Mean probability.
+        epsilon: The smallest entry of a row has density - epsilon, the largest density + epsilon, linear in rank;
+            equal magnitudes rank by column. A row of one entry has density.
+        seed: The user's seed.
+        divide: Divide what is kept by its probability.
+    """
+    draws = draws_of(layer, seed)
+
+    def sparsify(index: int, tile: Tensor, start: int) -> None:
+        rows, n = tile.shape
+        ladder = np.linspace(density - epsilon, density + epsilon, n) if n > 1 else np.array([density])
+        ladder = ladder.clip(0.0, 1.0)
+        chances = np.empty((rows, n))
+        np.put_along_axis(chances, ascending(tile), np.broadcast_to(ladder, (rows, n)), axis=1)
+        kept = draws[index].draw(start * n, rows * n).reshape(rows, n) < chances * SPAN
+        _keep(tile, kept)
+        if divide:
+            chances[~kept] = 1.0
+            tile.div_(torch.from_numpy(chances).to(device=tile.device, dtype=tile.dtype))
+
+    return sparsify
+
+
+def ascending(tile: Tensor) -> NDArray[np.int64]:
+    """The column of the k-th smallest magnitude of each row, (rows, n); equal ones by column."""
+    sizes = tile.abs()
+    if sizes.dtype != torch.float32:
+        order: NDArray[np.int64] = torch.sort(sizes, dim=1, stable=True).indices.cpu().numpy()
+        return order
+    # Bits of a magnitude over its column: whole numbers whose plain sort is the stable one, and several times faster.
+    words = sizes.cpu().contiguous().numpy().view(np.uint32).astype(np.uint64) << np.uint64(32)
+    words |= np.arange(sizes.shape[1], dtype=np.uint64)
+    words.sort(axis=1)
+    return (words & np.uint64(SPAN - 1)).view(np.int64)
+
+
+def _keep(tile: Tensor, mask: NDArray[np.bool_]) -> None:
+    """Zeros what the mask leaves out, in place; through NumPy on the CPU, where its masks are several times faster."""
+    if tile.device.type == "cpu":
+        values = tile.numpy()
+        np.multiply(values, mask, out=values)
+    else:
+        tile.mul_(torch.from_numpy(mask).to(tile.device))

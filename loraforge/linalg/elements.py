@@ -1,0 +1,295 @@
+"""Element-wise merging, a tile of rows at a time.
+
+An element-wise rule needs the entries of every D_i = s_i B_i A_i, which no factor holds. They are formed in tiles of
+whole rows, B_i[rows] A_i, worked on in place, and dropped: the memory is that of a few tiles, whatever m, N and the
+number of modules. A tile's height comes from its width alone and tiles lie on a fixed grid, so an entry has the same
+bits however its row is asked for. Products are made in float64 and rounded once.
+
+What a rule does is cut in two: a `Sparsify` changes a tile of one adapter (weights not yet in it), and `summed` or
+`elected` joins the tiles of all adapters with their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from loraforge.errors import LoraforgeError
+from loraforge.linalg.pool import pool_map
+from loraforge.linalg.thresholds import Selection, largest
+from loraforge.types import LayerInputs, LowRank, RowStream, Update
+
+TILE_ENTRIES = 2**17
+
+# (adapter, tile of its rows, first row): zeros and rescales entries in place.
+Sparsify: TypeAlias = "Callable[[int, Tensor, int], None]"
+Layers: TypeAlias = Callable[[], Iterable[LayerInputs]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """One adapter's entries.
+
+    Attributes:
+        index: Its place in the user's order.
+        weight: w_i.
+        left: (m, r) float64 with the scaling folded in; of a dense update (m, n) as it is.
+        right: (r, n) float64; None for a dense update.
+        scaling: Factor of a dense update.
+    """
+
+    index: int
+    weight: float
+    left: Tensor
+    right: Tensor | None
+    scaling: float
+
+    def fill(self, start: int, tile: Tensor, product: Tensor) -> None:
+        """Writes rows from `start` on into `tile`; `product` is a float64 work space of its shape."""
+        rows = self.left[start : start + tile.shape[0]]
+        if self.right is not None:
+            torch.mm(rows, self.right, out=product)
+            tile.copy_(product)
+        elif self.scaling == 1.0:
+            tile.copy_(rows)
+        else:
+            tile.copy_(torch.mul(rows.to(product.dtype), self.scaling))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deltas:
+    """The entries of one module, adapter by adapter.
+
+    Attributes:
+        shape: (m, n).
+        sources: The adapters that add something: a delta of zeros, or a weight of zero, is as good as none.
+        dtype: float64 where any input is, else float32.
+        device: Where the inputs are.
+        rank_bound: Sum of the ranks of the sources (at most min(m, n) of dense updates).
+    """
+
+    shape: tuple[int, int]
+    sources: Sequence[Source]
+    dtype: torch.dtype
+    device: torch.device
+    rank_bound: int
+
+    def tiles(self, source: Source) -> Iterator[tuple[int, Tensor]]:
+        """(first row, tile) of one adapter, without its weight; a tile is overwritten by the next."""
+        step = tile_rows(self.shape[1])
+        tile, product = self.work(2)
+        for start in range(0, self.shape[0], step):
+            rows = min(step, self.shape[0] - start)
+            source.fill(start, tile[:rows], product[:rows])
+            yield start, tile[:rows]
+
+    def work(self, count: int) -> list[Tensor]:
+        """`count` tiles, the last in float64."""
+        size = (min(tile_rows(self.shape[1]), self.shape[0]), self.shape[1])
+        made = [torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(count - 1)]
+        return [*made, torch.empty(size, dtype=torch.float64, device=self.device)]
+
+
+def deltas_of(layer: LayerInputs) -> Deltas:
+    """The entries of a module.
+
+    Raises:
+        LoraforgeError: No adapter has the module, shapes differ, or a factor holds NaN or Inf.
+    """
+    present = [f for f in layer.factors if f is not None]
+    if not present or len({f.shape for f in present}) > 1:
+        raise LoraforgeError(
+            "The deltas of a module do not fit together", where=layer.module, got=[f.shape for f in present]
+        )
+    tensors = [t for f in present for t in ((f.B, f.A) if isinstance(f, LowRank) else (f.weight,))]
+    sources, bound = [], 0
+    for index, (weight, update) in enumerate(zip(layer.weights, layer.factors, strict=True)):
+        if update is not None and adds(weight, update, layer.module):
+            sources.append(_source(index, weight, update))
+            bound += update.rank
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    if sources and sources[0].right is None:
+        bound = min(bound, *present[0].shape)
+    return Deltas(present[0].shape, sources, dtype, tensors[0].device, max(1, bound))
+
+
+def adds(weight: float, update: Update, module: str) -> bool:
+    """Whether an update is more than zeros.
+
+    Raises:
+        LoraforgeError: It holds NaN or Inf.
+    """
+    tensors = (update.B, update.A) if isinstance(update, LowRank) else (update.weight,)
+    sizes = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in tensors]
+    if not math.isfinite(sum(sizes)):
+        raise LoraforgeError("Factors hold NaN or Inf", where=module, got=[tuple(t.shape) for t in tensors])
+    return weight != 0.0 and update.scaling != 0.0 and all(sizes)
+
+
+def _source(index: int, weight: float, update: Update) -> Source:
+    if isinstance(update, LowRank):
+        left, right = update.B.to(torch.float64) * update.scaling, update.A.to(torch.float64)
+        return Source(index, weight, left, right, 1.0)
+    return Source(index, weight, update.weight, None, update.scaling)
+
+
+def tile_rows(n: int) -> int:
+    """Rows of a tile: a power of two, so that larger powers of two hold whole tiles."""
+    return 1 << max(0, (TILE_ENTRIES // max(1, n)).bit_length() - 1)
+
+
+def summed(deltas: Deltas, sparsify: Sparsify) -> RowStream:
+    """sum_i w_i sparsify(D_i)."""
+
+    def join(start: int, out: Tensor, work: Sequence[Tensor]) -> None:
+        tile, product = work
+        out.zero_()
+        for source in deltas.sources:
+            source.fill(start, tile, product)
+            sparsify(source.index, tile, start)
+            out.add_(tile, alpha=source.weight)
+
+    return _stream(deltas, join, 2)
+
+
+def elected(deltas: Deltas, sparsify: Sparsify) -> RowStream:
+    """The sign election and disjoint mean of TIES on x_i = w_i sparsify(D_i), entry by entry.
+
+    The sign is that of sum_i x_i; the result is the mean of the x_i with that sign, 0 where the sum is exactly 0. With
+    S = sum x, T = sum |x|, c = sum sign(x), z = sum |sign(x)| and g = sign(S) it is (S + g T) / (z + g c): both sums
+    hold each x of the elected sign twice, none cancels, and no adapter's entries have to be kept for a second look.
+    """
+
+    def join(start: int, out: Tensor, work: Sequence[Tensor]) -> None:
+        tile, sign, sizes, signs, count, product = work
+        for total in (out, sizes, signs, count):
+            total.zero_()
+        for source in deltas.sources:
+            source.fill(start, tile, product)
+            sparsify(source.index, tile, start)
+            if source.weight != 1.0:
+                tile.mul_(source.weight)
+            torch.sign(tile, out=sign)
+            out.add_(tile)
+            sizes.add_(tile.abs_())
+            signs.add_(sign)
+            count.add_(sign.abs_())
+        torch.sign(out, out=sign)
+        out.addcmul_(sizes, sign)
+        out.div_(count.addcmul_(signs, sign).clamp_(min=1.0))
+
+    return _stream(deltas, join, 6)
+
+
+def _stream(deltas: Deltas, join: Callable[[int, Tensor, Sequence[Tensor]], None], count: int) -> RowStream:
+    """A stream whose rows `join` makes a tile at a time, on the grid of tiles."""
+    (m, n), step = deltas.shape, tile_rows(deltas.shape[1])
+
+    def form(start: int, stop: int) -> Tensor:
+        first = start - start % step
+        last = min(m, -(-stop // step) * step) if stop > start else first
+        out = torch.empty(last - first, n, dtype=deltas.dtype, device=deltas.device)
+        work = deltas.work(count)
+        for row in range(first, last, step):
+            rows = min(step, last - row)
+            join(row, out[row - first : row - first + rows], [w[:rows] for w in work])
+        return out[start - first : stop - first]
+
+    return RowStream(deltas.shape, deltas.dtype, deltas.device, form, deltas.rank_bound)
+
+
+def trim(thresholds: Sequence[float]) -> Sparsify:
+    """Keeps entries at least as large as the adapter's threshold.
+
+    Args:
+        thresholds: One an adapter; infinity keeps nothing and 0 everything.
+    """
+
+    def sparsify(index: int, tile: Tensor, start: int) -> None:
+        keep_from(tile, thresholds[index])
+
+    return sparsify
+
+
+def keep_from(tile: Tensor, threshold: float) -> None:
+    """Zeros the entries smaller than a threshold, in place."""
+    if math.isinf(threshold):
+        tile.zero_()
+    elif threshold > 0.0:
+        # hardshrink keeps what is larger than its bound; one step below the threshold that is what is not smaller.
+        torch.ops.aten.hardshrink.out(tile, below(threshold, tile.dtype), out=tile)
+
+
+def below(value: float, dtype: torch.dtype) -> float:
+    """The next smaller number of a dtype, as a Python float."""
+    one = torch.tensor(value, dtype=dtype)
+    return float(torch.nextafter(one, torch.zeros_like(one)))
+
+
+def kept_count(density: float, entries: int) -> int:
+    """floor(density * n)."""
+    return math.floor(density * entries)
+
+
+def thresholds_in(deltas: Deltas, ranks: Sequence[int]) -> list[list[float]]:
+    """The k-th largest magnitudes of each adapter in one module.
+
+    Returns:
+        One list an adapter, one value for each k; [0, ...] for an adapter that adds nothing.
+    """
+    found = [[0.0] * len(ranks) for _ in range(1 + max((s.index for s in deltas.sources), default=-1))]
+    values = pool_map(
+        lambda source: largest(lambda: (tile for _, tile in deltas.tiles(source)), ranks, deltas.dtype), deltas.sources
+    )
+    for source, own in zip(deltas.sources, values, strict=True):
+        found[source.index] = own
+    return found
+
+
+def thresholds_over(
+    layers: Layers, density: float, view: Callable[[LayerInputs], Deltas] = deltas_of
+) -> list[float]:
+    """The magnitude of each adapter that a share of its entries over all modules reaches.
+
+    Args:
+        layers: Gives all modules afresh each time; none is kept.
+        density: Share of the entries to keep, of all entries of all modules: a module that an adapter lacks counts as
+            zeros.
+        view: What of a module is looked at.
+
+    Returns:
+        One threshold an adapter.
+    """
+    narrow = _thresholds_over(layers, density, view, torch.float32)
+    return narrow if narrow is not None else _thresholds_over(layers, density, view, torch.float64) or []
+
+
+def _thresholds_over(
+    layers: Layers, density: float, view: Callable[[LayerInputs], Deltas], dtype: torch.dtype
+) -> list[float] | None:
+    """The thresholds found in a dtype, or None where a module needs the wider one."""
+    selections: list[Selection] = []
+    while not selections or not selections[0].done:
+        entries = 0
+        for layer in layers():
+            deltas = view(layer)
+            if deltas.dtype == torch.float64 and dtype == torch.float32:
+                return None
+            selections = selections or [Selection(dtype) for _ in layer.factors]
+            entries += math.prod(deltas.shape)
+            pool_map(lambda source, found=deltas: _count(found, source, selections[source.index]), deltas.sources)
+        if not selections:
+            return []
+        for selection in selections:
+            selection.narrow([kept_count(density, entries)])
+    return [selection.values()[0] for selection in selections]
+
+
+def _count(deltas: Deltas, source: Source, selection: Selection) -> None:
+    for _, tile in deltas.tiles(source):
+        selection.add(tile)

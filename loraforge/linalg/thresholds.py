@@ -1,0 +1,132 @@
+"""Exact order statistics of magnitudes that come as a stream of blocks, in bounded memory.
+
+The bits of a non-negative float, read as a whole number, are in the order of the floats. The k-th largest is found
+digit by digit from the top: one pass counts how often each value of a digit occurs among the entries that agree with
+the digits found so far. Two passes settle float32 (16 and 15 bits), four float64; each needs 2^16 counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Low end of each digit, from the top; the sign bit is always 0.
+SHIFTS = {torch.float32: (15, 0), torch.float64: (47, 31, 15, 0)}
+_WHOLE = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
+
+
+class Selection:
+    """The k-th largest magnitudes of one stream, for several k at once.
+
+    Add all blocks, call `narrow`, and do so again until `done`; every pass must give the same entries in any order.
+
+    Args:
+        dtype: float32 or float64: the precision in which magnitudes are compared.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self._dtype = dtype
+        self._digit = 0
+        self._prefixes: list[int] = []  # the digits found so far, one number for each k
+        self._left: list[int] = []  # how far below the largest entry of that prefix the k-th largest is
+        self._counts = [self._zeros()]
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the entries are needed."""
+        return len(SHIFTS[self._dtype])
+
+    @property
+    def done(self) -> bool:
+        """True once the values are known."""
+        return self._digit == self.passes
+
+    def add(self, block: Tensor) -> None:
+        """Counts the entries of a block of any shape and either sign; it is left as it is."""
+        whole, width = _WHOLE[self._dtype]
+        bits = block.to(self._dtype).contiguous().view(-1).view(whole) & ((1 << width) - 1)
+        low, high = self._bounds()
+        if self._digit == 0:
+            self._counts[0] += torch.bincount(bits >> low, minlength=self._size()).cpu().numpy()
+            return
+        for prefix in dict.fromkeys(self._prefixes):
+            found = _agreeing(bits, prefix << high, (prefix + 1) << high)
+            counted = torch.bincount((found >> low) - (prefix << (high - low)), minlength=self._size()).cpu().numpy()
+            for index, own in enumerate(self._prefixes):
+                if own == prefix:
+                    self._counts[index] += counted
+
+    def narrow(self, ranks: Sequence[int]) -> None:
+        """Ends a pass.
+
+        Args:
+            ranks: The k, from 1 (the largest); they are read at the end of the first pass only, since the number of
+                entries may not be known before.
+        """
+        if self._digit == 0:
+            self._prefixes, self._left = [0] * len(ranks), list(ranks)
+            self._counts = self._counts * len(ranks)
+        low, high = self._bounds()
+        for index, counts in enumerate(self._counts):
+            above = np.cumsum(counts[::-1])
+            # Entries that were not given count as zeros: they are below all that were.
+            place = int(np.searchsorted(above, self._left[index]))
+            if place == len(above):
+                digit = 0
+            else:
+                digit = len(above) - 1 - place
+                self._left[index] -= int(above[place]) - int(counts[digit])
+            self._prefixes[index] = (self._prefixes[index] << (high - low)) + digit
+        self._digit += 1
+        if not self.done:
+            self._counts = [self._zeros() for _ in self._prefixes]
+
+    def values(self) -> list[float]:
+        """The k-th largest magnitude for each k; infinity for k = 0, and 0 for k beyond the number of entries."""
+        whole, _ = _WHOLE[self._dtype]
+        found = torch.tensor(self._prefixes, dtype=whole).view(self._dtype).tolist()
+        return [value if left > 0 else float("inf") for value, left in zip(found, self._left, strict=True)]
+
+    def _bounds(self) -> tuple[int, int]:
+        """Low and high end of the current digit."""
+        shifts = SHIFTS[self._dtype]
+        return shifts[self._digit], shifts[self._digit - 1] if self._digit else _WHOLE[self._dtype][1]
+
+    def _size(self) -> int:
+        low, high = self._bounds()
+        return 1 << (high - low)
+
+    def _zeros(self) -> np.ndarray:
+        return np.zeros(self._size(), dtype=np.int64)
+
+
+def largest(
+    blocks: Callable[[], Iterable[Tensor]], ranks: Sequence[int], dtype: torch.dtype = torch.float32
+) -> list[float]:
+    """The k-th largest magnitudes of the entries of all blocks.
+
+    Args:
+        blocks: Gives all blocks afresh, once a pass.
+        ranks: The k, from 1 (the largest).
+        dtype: Precision of the comparison.
+
+    Returns:
+        One value for each k; infinity for k = 0.
+    """
+    selection = Selection(dtype)
+    while not selection.done:
+        for block in blocks():
+            selection.add(block)
+        selection.narrow(ranks)
+    return selection.values()
+
+
+def _agreeing(bits: Tensor, low: int, high: int) -> Tensor:
+    """The entries in low..high - 1; through NumPy on the CPU, where its masks are several times faster."""
+    if bits.device.type != "cpu":
+        return bits[(bits >= low) & (bits < high)]
+    values = bits.numpy()
+    return torch.from_numpy(values[(values >= low) & (values < high)])

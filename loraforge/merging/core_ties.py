@@ -1,0 +1,20 @@
+"""TIES in core space: trim, elect and average the adapters' small blocks between shared bases.
+
+    w_i D_i = Q_l C_i Q_a^T,     result = Q_l ties(C_1, .., C_N) Q_a^T
+
+Q_l (m x p) and Q_a (n x q) are the left singular vectors of the stacked w_i s_i B_i and the right ones of the stacked
+A_i, signs fixed (loraforge.linalg.core). The rule is that of `ties` on blocks of p q entries, with p, q <= R, so the
+rank of the result is at most R and nothing has to be compressed again. What an entry means depends on the bases, hence
+on how an adapter splits its delta into factors: the convention of the paper. An adapter that adds nothing (a delta or
+weight of zero) has no say in the bases. One adapter at density 1 comes back.
+
+Source: Panariello et al., arXiv 2509.17786; TIES as in `ties`.
+Cost: 2 (m + n) R^2 + O(R^3) + N R^2.
+"""
+
+from __future__ import annotations
+
+from loraforge.linalg.elements import Layers, elected, kept_count, thresholds_in, thresholds_over, trim
+from loraforge.linalg.elements_core import blocks_of, core_without_zeros
+from loraforge.merging.elements_params import TrimParams
+from loraforge.types import LayerInputs, Update

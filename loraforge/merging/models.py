@@ -1,0 +1,279 @@
+"""Merges fine-tuned models of one base, tensor by tensor: the same methods, on task vectors W_i - W_0.
+
+A tensor of two dimensions is a matrix: merge_layer gets its task vectors as Dense, the rank rule and the flattening
+follow as for adapters, and W_0 + result is written. What becomes of the others (norms, biases, convolutions, and
+projections between text and image named "text_projection") is the method's `other_tensors`:
+
+- "mean": alpha * (1/N) sum_i w_i (W_i - W_0), the isotropic papers' rule (arXiv 2502.04959). The weights are factors on
+  the task vectors, 1 by default; where a method's default weights are 1/N already, they are not divided again. alpha
+  is that of the flattening, 1 without one.
+- "sum": alpha * sum_i w_i (W_i - W_0).
+- "method": the tensor is a matrix like any other, a vector one row, a convolution (out, in * kernel).
+
+Memory: a tensor of each model in float32, what the method works in (float64 copies of them at most), one of the output.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from loraforge.adapters import unique_names
+from loraforge.checkpoints import SHARD_BYTES, Alignment, Checkpoint, ModelReport, align, open_checkpoint
+from loraforge.errors import LoraforgeError
+from loraforge.linalg.rank import RankRule
+from loraforge.merging import checks, options
+from loraforge.merging.account import merge_report
+from loraforge.merging.job import Job, Progress
+from loraforge.merging.model_folder import ModelFolder, Rounding, add_rows, keep_aside
+from loraforge.merging.row import MethodRow
+from loraforge.merging.stream import pieces
+from loraforge.merging.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
+
+# The published code takes no singular value decomposition of these; the isotropic family follows it.
+NOT_A_MATRIX = "text_projection"
+
+
+@dataclass(slots=True, eq=False)
+class _Plan:
+    """What becomes of each tensor of the base.
+
+    Attributes:
+        matrices: Merged by the method.
+        others: Averaged or summed.
+        copied: Integers, empty tensors, and what no model has.
+    """
+
+    matrices: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+
+
+def merge_models(
+    models: Sequence[str | os.PathLike[str]],
+    row: MethodRow,
+    params: Any,
+    *,
+    base: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str] | None,
+    weights: Sequence[float] | None = None,
+    rule: RankRule | None = None,
+    post: Any = None,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    stats: Mapping[str, Any] | Sequence[Any] | None = None,
+    on_missing: str = "zero",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merges full models into a model folder.
+
+    Args:
+        models: Folders or files of the fine-tuned models, in an order that is kept.
+        row: The method, one with `checkpoints`.
+        params: Its parameters.
+        base: The model that all were fine-tuned from.
+        out: Folder to make.
+        weights: w_i; default 1, or 1/N where the method averages.
+        rule: Rank rule on every merged matrix; default none.
+        post: Parameters of the flattening, or None.
+        dtype: Dtype of the written floating point tensors; auto is the base's own, tensor by tensor.
+        device: Where to compute.
+        stats: Input statistics, one file (or mapping of module to vector) a model, by name or in order. A module is a
+            tensor's name without ".weight".
+        on_missing: A tensor that a model lacks: "zero" (its task vector is 0), "present" (averages run over the models
+            that have it) or "error".
+        shard_bytes: Largest size of one file of the output.
+        overwrite: Replace an earlier output.
+        resume: Noted only: a merge of models starts again.
+        dry_run: Say what would be done; write nothing.
+        seed: The user's seed, for the report.
+        progress: Called with (stage, detail, done, total).
+
+    Returns:
+        The report, with the keys of `merge --json`.
+
+    Raises:
+        LoraforgeError: Missing, damaged or contradicting input, or an output that exists.
+    """
+    started = time.perf_counter()
+    if not row.checkpoints:
+        raise LoraforgeError(
+            f"method '{row.name}' does not merge full models", hint="`loraforge methods` lists those that do"
+        )
+    if base is None:
+        raise LoraforgeError("Full models are merged as differences from their base", expected="--base MODEL_DIR")
+    opened = [open_checkpoint(model) for model in models]
+    origin = open_checkpoint(base)
+    alignments = [align(origin, model) for model in opened]
+    check_integers(origin, opened, alignments)
+    plan = _plan(origin, alignments, row)
+    weights_of = BaseWeights(origin)
+    vectors = [TaskVectors(weights_of, m, a, plan.matrices) for m, a in zip(opened, alignments, strict=True)]
+    names = unique_names(cast(Any, vectors))
+    _check_missing(alignments, names, on_missing)
+    job = Job(
+        row=row,
+        params=params,
+        adapters=cast(Any, vectors),  # a task vector answers everything that a data-free merge asks of an adapter
+        names=names,
+        keys=checks.draw_keys([model.path for model in opened]),
+        modules=plan.matrices,
+        weights=options.choose_weights(row, params, weights, len(opened)),
+        rule=rule or RankRule(),
+        device=device or torch.device("cpu"),
+        on_missing=on_missing,
+        uniform_rank=False,
+        progress=progress,
+        post=post,
+        stats=_statistics(stats, names, plan.matrices, row),
+        warnings=_notes(names, alignments, resume=resume),
+    )
+    target = None if dtype == "auto" else options.DTYPES[dtype]
+    if dry_run:
+        return _report(job, origin, [], seed, started) | {"plan": _cost(origin, plan, len(opened), target)}
+    if out is None:
+        raise LoraforgeError("A merged model is written while it is made", expected="an output folder (out)")
+    inputs = [*(model.path for model in opened), origin.path]
+    folder = ModelFolder(out, origin, target, shard_bytes, overwrite=overwrite, inputs=inputs)
+    rows: list[dict[str, Any]] = []
+
+    def account(written: ModelReport, rounding: float) -> dict[str, Any]:
+        return _report(job, origin, rows, seed, started) | {
+            "out": os.fspath(out), "dtype": dtype if target is not None else "as the base", "rounding": rounding,
+            "bytes": written.bytes, "files": list(written.files), "parameters": written.parameters,
+        }  # fmt: skip
+
+    def aside(place: Path) -> None:
+        for name, model, alignment in zip(names, opened, alignments, strict=True):
+            if alignment.own:
+                keep_aside(place / "heads" / name, model, alignment.own)
+
+    return folder.write(_tensors(job, plan, weights_of, rows), aside, account)
+
+
+def _plan(base: Checkpoint, alignments: Sequence[Alignment], row: MethodRow) -> _Plan:
+    plan = _Plan()
+    for name in base.names:
+        if not base.is_float(name) or not base.numel(name) or not any(name in a.names for a in alignments):
+            plan.copied.append(name)
+        elif row.other_tensors == "method" or _is_matrix(base, name, row):
+            plan.matrices.append(name)
+        else:
+            plan.others.append(name)
+    return plan
+
+
+def _is_matrix(base: Checkpoint, name: str, row: MethodRow) -> bool:
+    """Two dimensions, and not what the isotropic papers leave out."""
+    return len(base.shape(name)) == 2 and not (row.other_tensors == "mean" and NOT_A_MATRIX in name)
+
+
+def _tensors(
+    job: Job, plan: _Plan, base: BaseWeights, rows: list[dict[str, Any]]
+) -> Iterator[tuple[str, Tensor, Rounding]]:
+    """Every tensor of the output, in the order of the base's names; fills `rows` on the way."""
+    matrices, others = set(plan.matrices), set(plan.others)
+    merged = pieces(job, whole=True)
+    for name in base.checkpoint.names:
+        if name in matrices:
+            piece = next(merged)
+            # Spectra of full matrices would make the report larger than some of the tensors.
+            rows.append(piece.row | {"spectrum": None})
+            weight = base.read(name).clone()
+            add_rows(weight.view(matrix_shape(tuple(weight.shape))), piece.update)
+            del piece
+            yield name, weight, Rounding.COUNTED
+        elif name in others:
+            yield name, base.read(name) + _other(job, name), Rounding.COUNTED
+        else:
+            yield name, base.checkpoint.read(name), Rounding.COPIED
+
+
+def _other(job: Job, name: str) -> Tensor:
+    """The merged update of a tensor that is no matrix."""
+    models = cast(Sequence[TaskVectors], job.adapters)
+    present = [(w, m) for w, m in zip(job.weights, models, strict=True) if name in m.alignment.names]
+    share = 1.0 if job.post is None else float(job.post.alpha)
+    count = len(present) if job.on_missing == "present" else len(models)
+    if job.row.other_tensors == "mean" and job.row.default_weight == "one":
+        share /= count
+    elif job.row.default_weight == "mean" and job.on_missing == "present":
+        total = sum(w for w, _ in present)
+        share *= sum(job.weights) / total if total else 1.0
+    deltas = (model.delta(name) * (w * share) for w, model in present)
+    found = next(deltas)
+    for delta in deltas:
+        found = found + delta
+    return found
+
+
+def _check_missing(alignments: Sequence[Alignment], names: Sequence[str], on_missing: str) -> None:
+    gaps = [f"{name}: {a.missing[0]}" for name, a in zip(names, alignments, strict=True) if a.missing]
+    if gaps and on_missing == "error":
+        raise LoraforgeError(
+            "Some models lack tensors of the base",
+            where="; ".join(gaps[:4]),
+            hint="--on-missing zero takes a missing task vector as 0",
+        )
+
+
+def _notes(names: Sequence[str], alignments: Sequence[Alignment], *, resume: bool) -> list[str]:
+    notes = ["a merge of models is not continued: --resume had no effect"] if resume else []
+    for name, found in zip(names, alignments, strict=True):
+        notes += found.notes
+        if found.missing:
+            shown = ", ".join(found.missing[:3])
+            notes.append(f"{name}: lacks {len(found.missing)} tensors of the base ({shown}); they count as unchanged")
+        if found.own:
+            shown = ", ".join(found.own[:3])
+            notes.append(f"{name}: {len(found.own)} tensors of its own ({shown}) are kept aside under heads/{name}")
+    return notes
+
+
+def _statistics(
+    stats: Mapping[str, Any] | Sequence[Any] | None, names: Sequence[str], matrices: Sequence[str], row: MethodRow
+) -> list[dict[str, Tensor]]:
+    """Input statistics by tensor name. A lookup table has none: its inputs are indices.
+
+    Raises:
+        LoraforgeError: Another number than models, or a matrix without statistics.
+    """
+    if stats is None:
+        return []
+    modules = {name: name.removesuffix(".weight") for name in matrices}
+    wanted = [module for module in modules.values() if "embed" not in module.rpartition(".")[2]]
+    found = options.load_statistics(row, stats, names, wanted)
+    return [{name: one[module] for name, module in modules.items() if module in one} for one in found]
+
+
+def _cost(base: Checkpoint, plan: _Plan, count: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """What a merge would read, write and hold."""
+    largest = max((base.numel(name) for name in [*plan.matrices, *plan.others]), default=0)
+    size = sum(
+        base.numel(n) * (dtype if dtype is not None and base.is_float(n) else base.dtype(n)).itemsize
+        for n in base.names
+    )
+    return {
+        "tensors": len(base.names), "matrices": len(plan.matrices), "others": len(plan.others),
+        "copied": len(plan.copied), "bytes": size, "peak_bytes": largest * (4 * (count + 2) + 8 * (count + 2)),
+    }  # fmt: skip
+
+
+def _report(job: Job, base: Checkpoint, rows: list[dict[str, Any]], seed: int | None, started: float) -> dict[str, Any]:
+    report = merge_report(job, rows, seed, time.perf_counter() - started)
+    models = cast(Sequence[TaskVectors], job.adapters)
+    for entry, model in zip(report["adapters"], models, strict=True):
+        entry["files"] = model.checkpoint.sha256s
+    return report | {"output_kind": "model", "base": str(base.path), "base_sha256": base.sha256s}

@@ -1,0 +1,44 @@
+"""SVC: the sum of the deltas with every singular value divided by how often it was counted.
+
+    W = sum_i w_i D_i = U diag(s) V^T;   a_r^i = u_r^T D_i,   c_r = u_r^T W = s_r v_r^T
+    p_r^i = <c_r, a_r^i> / ||a_r^i||^2,   s_r <- s_r N / sum_i max(alpha, p_r^i)
+
+p_r^i is what direction r of the sum holds of task i's own share in it: N where N tasks agree, 1 where one is alone. A
+task without a share in a direction (a_r^i = 0) counts with alpha there. N counts the adapters with a delta in the
+module.
+
+When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, 2026, arXiv 2602.05536. Cost: 2 (m + n) R^2 +
+N R^3 a module; checkpoints one SVD of m x n and N products.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from loraforge.linalg.core import core_of
+from loraforge.linalg.flatten import NULL, support
+from loraforge.merging.spectral_params import SvcParams
+from loraforge.types import LayerInputs, Update
+
+
+def merge_layer(layer: LayerInputs, params: SvcParams) -> Update:
+    """The calibrated sum of one module: a LowRank of rank at most R, Dense of full checkpoints.
+
+    Args:
+        layer: Factors (or task vectors) and weights of the module.
+        params: alpha.
+    """
+    core = core_of(layer)
+    U, S, Vh = torch.linalg.svd(core.total(), full_matrices=False)
+    p = support(S, core.dtype)
+    if p == 0:
+        return core.lift(core.total())
+    U, S, Vh = U[:, :p], S[:p], Vh[:p]
+    counted = torch.zeros_like(S)
+    for C in core.present:
+        shares = U.T @ C  # a_r^i, one a row
+        squares = shares.square().sum(dim=1)
+        there = squares.sqrt() > NULL[core.dtype] * S
+        overlap = S * (Vh * shares).sum(dim=1)
+        counted += torch.where(there, overlap / squares, 0.0).clamp_min(params.alpha)
+    return core.lift_triplets(U, S * len(core.present) / counted, Vh.T)

@@ -1,0 +1,138 @@
+"""Adapters on disk and as the dense oracles see them: shapes, ranks, scalings and gaps of all kinds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tests.adapters import folders
+
+Array = NDArray[np.float64]
+
+SHAPES = {
+    "block.0.wide": (64, 48),
+    "block.0.tall": (48, 64),
+    "block.1.long": (96, 40),
+    "block.1.thin": (1, 17),
+    "block.2.square": (40, 40),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module of one adapter as its file holds it: B (m, r), A (r, n) in float64, and the scaling of the config."""
+
+    B: Array
+    A: Array
+    scaling: float
+
+    @property
+    def delta(self) -> Array:
+        return self.scaling * self.B @ self.A
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Folders, and what is in them: contents[i][module]."""
+
+    paths: list[Path]
+    contents: list[dict[str, Pair]]
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    def pairs(self, module: str) -> list[Pair | None]:
+        return [content.get(module) for content in self.contents]
+
+    @property
+    def deltas(self) -> dict[str, list[Array | None]]:
+        """module -> s_i B_i A_i of each adapter, None where it lacks the module; the oracles' input."""
+        return {m: [None if p is None else p.delta for p in self.pairs(m)] for m in self.modules}
+
+    @property
+    def modules(self) -> list[str]:
+        return [m for m in SHAPES if any(m in content for content in self.contents)]
+
+    def ranks(self, module: str) -> list[int]:
+        """r_i of each adapter, 0 where it lacks the module."""
+        return [0 if p is None else p.A.shape[0] for p in self.pairs(module)]
+
+    def bound(self, module: str) -> int:
+        """The largest rank of the output, min(R, m, n)."""
+        return min(sum(self.ranks(module)), *SHAPES[module])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One adapter to write: ranks and alphas by the last word of the module's name, rsLoRA as PEFT has it."""
+
+    name: str
+    ranks: dict[str, int]
+    seed: int
+    alpha: float = 8.0
+    alphas: tuple[tuple[str, float], ...] = ()
+    rslora: bool = False
+
+
+def write(folder: Path, recipe: Recipe, dtype: torch.dtype) -> tuple[Path, dict[str, Pair]]:
+    """Writes an adapter with Gaussian factors whose columns fall off like i^(-1/2), all products of norm about 1."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    tensors, content, ranks = {}, {}, {}
+    for module, (m, n) in SHAPES.items():
+        short = module.rsplit(".", 1)[1]
+        if short not in recipe.ranks:
+            continue
+        r = ranks[module] = recipe.ranks[short]
+        alpha = dict(recipe.alphas).get(short, recipe.alpha)
+        scaling = alpha / (math.sqrt(r) if recipe.rslora else r)
+        fall = torch.arange(1, r + 1, dtype=torch.float64).rsqrt()
+        size = 1.0 / math.sqrt(m * n * scaling * scaling)
+        B = (torch.randn(m, r, generator=generator, dtype=torch.float64) * fall * size).to(dtype)
+        A = torch.randn(r, n, generator=generator, dtype=torch.float64).to(dtype)
+        tensors[f"{folders.PREFIX}{module}.lora_B.weight"] = B
+        tensors[f"{folders.PREFIX}{module}.lora_A.weight"] = A
+        content[module] = Pair(B.double().numpy(), A.double().numpy(), scaling)
+    settings: dict[str, Any] = folders.config(
+        r=4,
+        lora_alpha=recipe.alpha,
+        rank_pattern=ranks,
+        alpha_pattern=dict(recipe.alphas),
+        target_modules=sorted(recipe.ranks),
+        use_rslora=recipe.rslora,
+    )
+    return folders.write_folder(folder / recipe.name, tensors, settings), content
+
+
+FIRST = Recipe("first", {"wide": 4, "tall": 2, "long": 16, "thin": 3, "square": 5}, 1, alphas=(("wide", 12.0),))
+SECOND = Recipe("second", {"wide": 2, "tall": 6, "long": 14, "thin": 1, "square": 1}, 2, alpha=3.0, rslora=True)
+THIRD = Recipe("third", {"wide": 8, "long": 12, "square": 5}, 3, alpha=16.0)
+BIG = Recipe("big", {"wide": 64, "tall": 30, "long": 33, "thin": 2, "square": 40}, 4, alpha=32.0)
+BIGGER = Recipe("bigger", {"wide": 5, "tall": 25, "long": 10, "thin": 1, "square": 7}, 5, alpha=4.0, rslora=True)
+LEFT = Recipe("left", {"wide": 3, "tall": 6, "long": 4, "thin": 1, "square": 8}, 6, alpha=2.0)
+RIGHT = Recipe(
+    "right", {"wide": 3, "tall": 6, "long": 4, "thin": 1, "square": 8}, 7, alpha=5.0, alphas=(("long", 1.0),)
+)
+
+SCENARIOS = {
+    "mixed": (FIRST, SECOND, THIRD),  # two modules are missing from the third; R > min(m, n) in one
+    "full": (BIG, BIGGER),  # R >= min(m, n) everywhere
+    "equal": (LEFT, RIGHT),  # equal ranks, different scalings
+    "twice": (LEFT, LEFT, RIGHT),  # the same folder twice: dependent directions
+}
+
+
+def make(folder: Path, name: str, dtype: torch.dtype) -> Scenario:
+    """Writes the adapters of a scenario, each folder once."""
+    written: dict[str, tuple[Path, dict[str, Pair]]] = {}
+    for recipe in SCENARIOS[name]:
+        if recipe.name not in written:
+            written[recipe.name] = write(folder, recipe, dtype)
+    found = [written[recipe.name] for recipe in SCENARIOS[name]]
+    return Scenario([path for path, _ in found], [content for _, content in found])
