@@ -19,6 +19,9 @@ _PUBLIC = {
     "MergeResult": "loraforge.merging.result",
     "METHODS": "loraforge.merging.methods",
     "inspect": "loraforge.inspection",
+    "resize": "loraforge.resizing",
+    "convert": "loraforge.conversion",
+    "collect_stats": "loraforge.input_stats",
     "collect_stats": "loraforge.input_stats",
     "merge_stats": "loraforge.input_stats",
     "load_stats": "loraforge.input_stats",
@@ -33,6 +36,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from loraforge.adapters import open_adapter as open_adapter
+    from loraforge.conversion import convert as convert
     from loraforge.demo import run_demo as run_demo
     from loraforge.errors import LoraforgeError as LoraforgeError
     from loraforge.errors import UsageError as UsageError
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from loraforge.merging.methods import METHODS as METHODS
     from loraforge.merging.result import MergeResult as MergeResult
     from loraforge.merging.runner import merge as merge
+    from loraforge.resizing import resize as resize
     from loraforge.types import LowRank as LowRank
 
 

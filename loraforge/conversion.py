@@ -1,7 +1,8 @@
 """An adapter in another format: the same factors under other names.
 
-The bits of the factors stay wherever the format can hold them: PEFT and kohya state each module's alpha, diffusers files
-have none, so there a scale other than 1 is multiplied into `lora.up`. What a format cannot hold is refused by name.
+The bits of the factors stay wherever the format can hold them: PEFT and kohya state each module's alpha, diffusers
+files have none, so there a scale other than 1 is multiplied into `lora.up`. What a format cannot hold is refused by
+name.
 """
 
 from __future__ import annotations
@@ -41,12 +42,13 @@ def convert(
         progress: Called with (stage, module, done, total).
 
     Returns:
-        JSON-ready: out, file, source (path, format, sha256), to, modules, rank_max, parameters, bytes, exact (every factor
-        has the bits of the source), rounding, notes.
+        JSON-ready: out, file, source (path, format, sha256), to, modules, rank_max, parameters, bytes, exact (every
+        factor has the bits of the source), rounding, notes.
 
     Raises:
         LoraforgeError: The source cannot be read, or holds what the format cannot: DoRA; for kohya and diffusers
-            embeddings, experts, biases, whole weights; for PEFT modules of several models; names that cannot be restored.
+            embeddings, experts, biases, whole weights; for PEFT modules of several models; names whose dots cannot be
+            restored.
         UsageError: An unknown format.
     """
     layout = layout_of(to)

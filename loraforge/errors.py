@@ -75,6 +75,10 @@ def raise_problems(problems: list[LoraforgeError]) -> None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known word and lists all of them."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    # Of words that are equally close, one of the same letters in another order is the likelier slip.
+    close.sort(
+        key=lambda word: (-round(difflib.SequenceMatcher(None, word, name).ratio(), 6), sorted(word) != sorted(name))
+    )
     head = f"did you mean '{close[0]}'? " if close else ""
     return f"{head}known: {', '.join(names)}"

@@ -25,11 +25,12 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": LEAVES | {"kernels", "linalg"},
     "method": LEAVES | {"kernels", "linalg"} | METHOD_ROOM,
     "params": LEAVES | METHOD_ROOM,
-    "merging": LEAVES | {"kernels", "linalg", "storage", "adapters", "checkpoints", "calibrate", "merging"},
+    "merging": LEAVES
+    | {"kernels", "linalg", "storage", "adapters", "checkpoints", "calibrate", "input_stats", "merging"},
     "inspection": LEAVES | {"kernels", "linalg", "adapters"},
     "resizing": LEAVES | {"kernels", "linalg", "storage", "adapters"},
     "conversion": LEAVES | {"kernels", "linalg", "storage", "adapters"},
-    "input_stats": LEAVES | {"kernels", "linalg", "storage", "calibrate"},
+    "input_stats": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate"},
     "recipes": LEAVES | METHOD_ROOM | {"recipe_keys"},
     "recipe_keys": LEAVES | METHOD_ROOM,
     "report": LEAVES,
@@ -42,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 JOINING = {
     "__init__", "methods", "row", "rows", "runner", "result", "account", "checks", "options", "calibrated", "job",
     "plan", "stream", "sinks", "models", "model_folder", "task_vectors", "bake", "dora",
+    "placing", "skeleton",
 }  # fmt: skip
 
 

@@ -30,6 +30,9 @@ def check_compatible(adapters: Sequence[Adapter], force: bool = False) -> list[s
         raise LoraforgeError("No adapter was given", expected="at least one adapter folder")
     soft = _differing(adapters, "The adapters name different base models", lambda a: a.base)
     soft += _differing(adapters, "The adapters were trained for different task types", lambda a: a.task_type)
+    soft += _differing(
+        adapters, "The adapters name different base versions", lambda a: a.metadata.get("ss_base_model_version")
+    )
     problems = [] if force else list(soft)
     names = unique_names(adapters)
     for module in all_modules(adapters):

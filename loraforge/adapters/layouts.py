@@ -96,7 +96,7 @@ class Layout:
         """The file of tensors in a folder of this name."""
         return {
             "peft": "adapter_model.safetensors",
-            "kohya": f"{folder}.safetensors",
+            "kohya": f"{folder.removesuffix('.safetensors')}.safetensors",
             "diffusers": "pytorch_lora_weights.safetensors",
         }[self.format]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class PeftMeta:
         fan_in_fan_out: The base layers are Conv1D.
         inputs: Folders that were read, which the output must not replace.
         shapes: Module -> its shape and kind; a module that is not named is a linear one of any size.
-        stacks: Full name of an adapted parameter -> name of its stack in a PEFT file.
+        chains: Module -> full names of its adapted parameters, innermost wrapper first.
         metadata: Metadata that all files of tensors share.
         parts_named: Module names start with a part of a pipeline (`unet.`).
     """
@@ -34,9 +34,21 @@ class PeftMeta:
     fan_in_fan_out: bool = False
     inputs: tuple[Path, ...] = ()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
-    stacks: Mapping[str, str] = field(default_factory=dict)
+    chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     parts_named: bool = False
+
+    def stacks(self, parameters: Collection[str]) -> dict[str, str]:
+        """Name in a PEFT file of the stack of each of these adapted parameters, in the order of `target_parameters`.
+
+        PEFT wraps the parameters of one module in one another, the first that the model registers innermost:
+        `experts.base_layer` is the stack of the one before that of `experts`.
+        """
+        stacks: dict[str, str] = {}
+        for parent, chain in self.chains.items():
+            used = [name for name in chain if name in parameters]
+            stacks |= {name: parent + _WRAPPER * (len(used) - 1 - i) for i, name in enumerate(used)}
+        return stacks
 
     @classmethod
     def like(cls, adapters: Sequence[Adapter]) -> PeftMeta:
@@ -52,7 +64,7 @@ class PeftMeta:
             fan_in_fan_out=any(a.settings.fan_in_fan_out for a in adapters),
             inputs=tuple(a.path for a in adapters),
             shapes=_shapes(adapters),
-            stacks=_stacks(adapters),
+            chains=_chains(adapters),
             metadata={k: v for k, v in first.items() if all(a.metadata.get(k) == v for a in adapters)},
             parts_named=any(a.format != "peft" for a in adapters),
         )
@@ -91,17 +103,13 @@ def _shapes(adapters: Sequence[Adapter]) -> dict[str, Shape]:
     return shapes
 
 
-def _stacks(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Name of each parameter's stack of experts.
-
-    PEFT wraps the parameters of one module in one another, the first that the model registers innermost:
-    `experts.base_layer` is the stack of the one before that of `experts`. An adapter that has all
-    tells the order.
+def _chains(adapters: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
+    """Adapted parameters of each module in the order of PEFT's wrappers, innermost first.
 
     Raises:
         LoraforgeError: No adapter has all parameters of a module that the adapters have together.
     """
-    chains: dict[str, list[list[str]]] = {}
+    chains: dict[str, list[tuple[str, ...]]] = {}
     for adapter in adapters:
         stems: dict[str, dict[str, str]] = {}
         for module in adapter.modules:
@@ -109,12 +117,11 @@ def _stacks(adapters: Sequence[Adapter]) -> dict[str, str]:
             if info.parameter is not None and info.group is not None:
                 stems.setdefault(info.parameter.rpartition(".")[0], {})[info.parameter] = info.group
         for parent, found in stems.items():
-            chains.setdefault(parent, []).append(sorted(found, key=lambda name, at=found: -len(at[name])))  # type: ignore[misc]
-    stacks: dict[str, str] = {}
+            # The innermost is the one with the most wrappers in its key.
+            order = sorted(found.items(), key=lambda pair: -len(pair[1]))
+            chains.setdefault(parent, []).append(tuple(name for name, _ in order))
     for parent, orders in chains.items():
-        longest = max(orders, key=len)
-        together = {name for order in orders for name in order}
-        if together != set(longest):
+        if {name for order in orders for name in order} != set(max(orders, key=len)):
             raise LoraforgeError(
                 "The order of adapted parameters in a module cannot be told",
                 where=parent,
@@ -122,6 +129,4 @@ def _stacks(adapters: Sequence[Adapter]) -> dict[str, str]:
                 expected="one adapter that has all of them (target_parameters)",
                 hint="PEFT's file names them by their order in the model only; merge adapters of the same parameters",
             )
-        for wrappers, name in enumerate(reversed(longest)):
-            stacks[name] = parent + _WRAPPER * wrappers
-    return stacks
+    return {parent: max(orders, key=len) for parent, orders in chains.items()}

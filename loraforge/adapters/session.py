@@ -63,6 +63,7 @@ class Places:
         keep_scales: Write the scale as alpha where the format has one, and leave the factors' bits alone.
         shapes: Module -> shape and kind.
         units: Module -> what it is written with: its own name in the file, or the name of its stack.
+        parameters: Adapted parameters (stacks of experts).
     """
 
     layout: Layout
@@ -70,15 +71,23 @@ class Places:
     keep_scales: bool
     shapes: Mapping[str, Shape]
     units: Mapping[str, str]
+    parameters: tuple[str, ...]
 
     @classmethod
     def of(
-        cls, modules: Sequence[str], meta: PeftMeta, layout: Layout, dtype: torch.dtype | None, keep_scales: bool
+        cls,
+        modules: Sequence[str],
+        heads: Sequence[str],
+        meta: PeftMeta,
+        layout: Layout,
+        dtype: torch.dtype | None,
+        keep_scales: bool,
     ) -> Places:
         """Decides for all modules.
 
         Raises:
-            LoraforgeError: A name that is taken twice or not safe, or one that the format cannot express.
+            LoraforgeError: A name that is taken twice or not safe, or a name, kind of module or head that the format
+                cannot express.
         """
         seen: set[str] = set()
         for name in modules:
@@ -89,9 +98,11 @@ class Places:
         if any(shape.biased for shape in found.values()):
             able = {name for name, shape in found.items() if shape.kind in ("linear", "conv")}
             found = {name: replace(shape, biased=name in able) for name, shape in found.items()}
+        layout.check(found, heads)
         units = renamed([name for name in modules if found[name].parameter is None], layout.format, meta.parts_named)
-        stacks = {name: meta.stacks[shape.parameter] for name, shape in found.items() if shape.parameter is not None}
-        return cls(layout, dtype, keep_scales, found, units | stacks)
+        stacks = meta.stacks({shape.parameter for shape in found.values() if shape.parameter is not None})
+        units |= {name: stacks[shape.parameter] for name, shape in found.items() if shape.parameter is not None}
+        return cls(layout, dtype, keep_scales, found, {name: units[name] for name in modules}, tuple(stacks))
 
     def reserve(self, metadata: Mapping[str, str], whole: Mapping[str, Tensor]) -> int:
         """Bytes that the header takes at most, `whole` being tensors that are written beside the factors."""

@@ -110,8 +110,7 @@ class AdapterWriter:
                 raise LoraforgeError("The output would replace an input adapter", where=out, got=f"input {source}")
         if not modules:
             raise LoraforgeError("There is no module to write", where=out, expected="at least one module")
-        places = Places.of(modules, meta, layout, self.dtype, self.keep_scales)
-        layout.check(places.shapes, list(self.heads.merged))
+        places = Places.of(modules, list(self.heads.merged), meta, layout, self.dtype, self.keep_scales)
         whole = {PREFIX + key: tensor for key, tensor in self.heads.merged.items()}
         space = places.reserve(layout.metadata((), (), meta.metadata), whole)
         report = WriteReport(out, str(self.dtype or "as stored").removeprefix("torch."))
@@ -134,9 +133,8 @@ class AdapterWriter:
     def _write_rest(self, folder: Path, report: WriteReport, meta: PeftMeta, places: Places) -> None:
         """Everything beside the file of tensors."""
         if places.layout.format == "peft":
-            parameters = sorted({shape.parameter for shape in places.shapes.values() if shape.parameter is not None})
             biased = any(shape.biased for shape in places.shapes.values())
-            config = peft_config(report.file_ranks, meta, self.heads, report.file_alphas, parameters, biased)
+            config = peft_config(report.file_ranks, meta, self.heads, report.file_alphas, places.parameters, biased)
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name, tensors in self.heads.aside.items():
             place = folder / "heads" / name

@@ -20,8 +20,11 @@ from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.storage.files import FLOATING, TensorFile, sha256_of
 
 CONFIG = "config.json"
-# In the order in which transformers looks for them.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# In the order in which transformers looks for them; then what diffusers writes.
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
 # What a model needs beside its weights: configuration, tokenizer, processor, generation, chat template, its own code.
 _KEPT = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm"}
 _NOT_KEPT = {*WEIGHTS, "run.json", "trainer_state.json", "all_results.json", "adapter_config.json"}

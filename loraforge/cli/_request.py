@@ -20,6 +20,7 @@ PASSED = (
     "dtype", "device", "seed", "base", "samples", "batch_tokens", "on_missing", "heads_from", "force", "template",
     "format", "output_kind", "resume", "ignore_unknown",
 )  # fmt: skip
+FORMATS = ("auto", "peft", "kohya", "diffusers")
 # Sugar flags: option -> (method parameter, flag when true or valued, flag when false).
 SUGAR = {
     "mats": ("use_mats", "--mats", "--no-mats"),
@@ -76,6 +77,9 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     adapters = wanted.get("adapters")
     if not adapters:
         raise UsageError("no adapter was named", expected="loraforge merge ADAPTER ADAPTER... --method NAME --out DIR")
+    if wanted.get("format", "auto") not in FORMATS:
+        name = wanted["format"]
+        raise UsageError(f"unknown format '{name}'", where="--format", hint=did_you_mean(name, FORMATS))
     arguments = {key: wanted[key] for key in (*PASSED, "adapters", "weights", "calibration", "stats") if key in wanted}
     arguments |= {"method": row.name, "params": _params(row, wanted.get("params") or {}, options)}
     if options["weight"] is not None:

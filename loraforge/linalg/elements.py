@@ -12,7 +12,7 @@ What a rule does is cut in two: a `Sparsify` changes a tile of one adapter (weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
-from loraforge.linalg.pool import pool_map
-from loraforge.linalg.thresholds import Selection, largest
 from loraforge.types import LayerInputs, LowRank, RowStream, Update
 
 TILE_ENTRIES = 2**17
 
 # (adapter, tile of its rows, first row): zeros and rescales entries in place.
-Sparsify: TypeAlias = "Callable[[int, Tensor, int], None]"
-Layers: TypeAlias = Callable[[], Iterable[LayerInputs]]
+Sparsify: TypeAlias = Callable[[int, Tensor, int], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,71 +222,12 @@ def keep_from(tile: Tensor, threshold: float) -> None:
         torch.ops.aten.hardshrink.out(tile, below(threshold, tile.dtype), out=tile)
 
 
+def drop_above(tile: Tensor, limit: float) -> None:
+    """Zeros the entries larger than a limit, in place."""
+    tile.sub_(torch.nn.functional.hardshrink(tile, limit))
+
+
 def below(value: float, dtype: torch.dtype) -> float:
     """The next smaller number of a dtype, as a Python float."""
     one = torch.tensor(value, dtype=dtype)
     return float(torch.nextafter(one, torch.zeros_like(one)))
-
-
-def kept_count(density: float, entries: int) -> int:
-    """floor(density * n)."""
-    return math.floor(density * entries)
-
-
-def thresholds_in(deltas: Deltas, ranks: Sequence[int]) -> list[list[float]]:
-    """The k-th largest magnitudes of each adapter in one module.
-
-    Returns:
-        One list an adapter, one value for each k; [0, ...] for an adapter that adds nothing.
-    """
-    found = [[0.0] * len(ranks) for _ in range(1 + max((s.index for s in deltas.sources), default=-1))]
-    values = pool_map(
-        lambda source: largest(lambda: (tile for _, tile in deltas.tiles(source)), ranks, deltas.dtype), deltas.sources
-    )
-    for source, own in zip(deltas.sources, values, strict=True):
-        found[source.index] = own
-    return found
-
-
-def thresholds_over(
-    layers: Layers, density: float, view: Callable[[LayerInputs], Deltas] = deltas_of
-) -> list[float]:
-    """The magnitude of each adapter that a share of its entries over all modules reaches.
-
-    Args:
-        layers: Gives all modules afresh each time; none is kept.
-        density: Share of the entries to keep, of all entries of all modules: a module that an adapter lacks counts as
-            zeros.
-        view: What of a module is looked at.
-
-    Returns:
-        One threshold an adapter.
-    """
-    narrow = _thresholds_over(layers, density, view, torch.float32)
-    return narrow if narrow is not None else _thresholds_over(layers, density, view, torch.float64) or []
-
-
-def _thresholds_over(
-    layers: Layers, density: float, view: Callable[[LayerInputs], Deltas], dtype: torch.dtype
-) -> list[float] | None:
-    """The thresholds found in a dtype, or None where a module needs the wider one."""
-    selections: list[Selection] = []
-    while not selections or not selections[0].done:
-        entries = 0
-        for layer in layers():
-            deltas = view(layer)
-            if deltas.dtype == torch.float64 and dtype == torch.float32:
-                return None
-            selections = selections or [Selection(dtype) for _ in layer.factors]
-            entries += math.prod(deltas.shape)
-            pool_map(lambda source, found=deltas: _count(found, source, selections[source.index]), deltas.sources)
-        if not selections:
-            return []
-        for selection in selections:
-            selection.narrow([kept_count(density, entries)])
-    return [selection.values()[0] for selection in selections]
-
-
-def _count(deltas: Deltas, source: Source, selection: Selection) -> None:
-    for _, tile in deltas.tiles(source):
-        selection.add(tile)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from loraforge.linalg.factored import inner
-from loraforge.types import LayerInputs
+from loraforge.linalg.factored import inner, weighted_sum
+from loraforge.types import LayerInputs, Update
 
 # Inner products of a whole merge: (adapter, adapter) -> sum over its modules.
 GramTable = Mapping[tuple[str, str], float]
@@ -49,12 +49,24 @@ def sum_grams(layers: Iterable[LayerInputs]) -> GramTable:
     return table
 
 
+def counted(layer: LayerInputs) -> list[int]:
+    """Places of the adapters that a mean over the module runs over."""
+    return [i for i, f in enumerate(layer.factors) if f is not None or not layer.only_present]
+
+
 def gram_of(layer: LayerInputs) -> Tensor:
-    """The Gram matrix that the method goes by: the layer's context where a survey made one, else the module's own."""
+    """The Gram matrix of the counted adapters: of all modules where a survey summed them, else the module's own."""
+    places = counted(layer)
     if layer.context is None:
-        return gram(layer)
-    names = labels(layer)
+        return gram(layer)[places][:, places]
+    names = [labels(layer)[i] for i in places]
     return torch.tensor([[layer.context[a, b] for b in names] for a in names], dtype=torch.float64)
+
+
+def combine(layer: LayerInputs, coefficients: Sequence[float]) -> Update:
+    """The deltas of the counted adapters with one coefficient each, summed exactly."""
+    factors = [layer.factors[i] for i in counted(layer)]
+    return weighted_sum([(c, f) for c, f in zip(coefficients, factors, strict=True) if f is not None])
 
 
 def cosines(G: Tensor) -> Tensor:
@@ -86,26 +98,28 @@ def karcher(G: Tensor, weights: Sequence[float], max_iter: int, tol: float) -> l
     """Coefficients of the deltas in their weighted Karcher mean.
 
     The direction is the point m of the unit sphere with sum_i w_i log_m(u_i) = 0, u_i the deltas' directions, found by
-    m <- exp_m(sum_i w_i log_m(u_i)) from their normalised mean; the norm is sum_i w_i ||D_i||. Deltas of zero have no
-    direction, yet count in the norm. Where the directions cancel there is no mean direction: plain weights then.
+    m <- exp_m(sum_i w_i log_m(u_i)) from their normalised mean; the norm is sum_i w_i ||D_i|| / sum_i w_i. Deltas of
+    zero have no direction, yet count in the norm. Where the directions cancel there is no mean direction: the weighted
+    mean of the deltas then.
 
     Args:
         G: (N, N) Gram matrix.
-        weights: w_i >= 0.
+        weights: w_i >= 0, not all 0.
         max_iter: Largest number of steps.
         tol: Length of a step that ends the iteration.
     """
     sizes = G.diagonal().clamp_min(0.0).sqrt()
     w = torch.tensor(weights, dtype=torch.float64)
+    w = w / w.sum()
     size = float(w @ sizes)
     share = w * (sizes > 0)
     if size == 0.0:
-        return list(weights)
+        return w.tolist()
     share = share / share.sum()
     C = cosines(G)
     m = _unit(share, C)
     if m is None:
-        return list(weights)
+        return w.tolist()
     for _ in range(max_iter):
         along = (C @ m).clamp(-1.0, 1.0)
         angle = along.acos()

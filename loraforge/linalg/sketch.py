@@ -8,7 +8,8 @@ multiply; V spans the last two of them, which is worth more than another step (a
 slow as (1 + i / 50)^(-1/2) the error is within 1 % of the optimum, on fast ones far nearer.
 
 Source: Halko, Martinsson and Tropp, SIAM Review 53 (2011); Musco and Musco, NeurIPS 2015.
-Cost: 3 passes over the rows, 12 m n l flops, l = k + max(10, k / 4); memory one block and 2 (m + n) l.
+Cost: 3 passes over the rows, 12 m n l flops, l = k + max(10, k / 4); memory 2 (m + n) l and one block, or the
+whole update where that is small (HELD_BYTES).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from loraforge.errors import LoraforgeError
 from loraforge.linalg.bases import column_signs
 from loraforge.linalg.factored import Truncated, pad, truncate
 from loraforge.linalg.rank import RankRule, choose
-from loraforge.types import LowRank, Merged
+from loraforge.types import Dense, LowRank, Merged
 
 # Largest min(m, n) and m n of a dense decomposition: 0.1 s in float64, as long as the sketch of such a matrix; 64 MB.
 EXACT_SIDE, EXACT_ENTRIES = 512, 2**23
 BLOCK_ENTRIES = 2**21
+# Rows of a stream up to this size are formed once and held for all passes; the numbers are the same either way.
+HELD_BYTES = 2**26
 POWER_STEPS = 2
 # Float32 products blur directions under sqrt(eps) of the largest; they can matter only where little else is left.
 BLURRED = 1e-4
@@ -67,8 +70,9 @@ def low_rank(update: Merged, rule: RankRule, module: str = "") -> Truncated:
         _check(float(W.sum()), module)
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         return _cut(U, S, Vh, float(S.square().sum()), rule, k, update.rows(0, 0).dtype)
-    dtype = update.rows(0, 0).dtype
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if update.rows(0, 0).dtype == torch.float64 else torch.float32
+    if m * n * dtype.itemsize <= HELD_BYTES:
+        update = Dense(update.delta())
     U, S, Vh, energy = _sketch(update, directions, module, dtype)
     if dtype == torch.float32 and energy - float(S.square().sum()) < BLURRED * energy:
         U, S, Vh, energy = _sketch(update, directions, module, torch.float64)

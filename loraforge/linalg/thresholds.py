@@ -7,11 +7,19 @@ the digits found so far. Two passes settle float32 (16 and 15 bits), four float6
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from loraforge.linalg.elements import Deltas, Source, deltas_of
+from loraforge.linalg.pool import pool_map
+from loraforge.types import LayerInputs
+
+Layers: TypeAlias = Callable[[], Iterable[LayerInputs]]
 
 # Low end of each digit, from the top; the sign bit is always 0.
 SHIFTS = {torch.float32: (15, 0), torch.float64: (47, 31, 15, 0)}
@@ -130,3 +138,71 @@ def _agreeing(bits: Tensor, low: int, high: int) -> Tensor:
         return bits[(bits >= low) & (bits < high)]
     values = bits.numpy()
     return torch.from_numpy(values[(values >= low) & (values < high)])
+
+
+def kept_count(density: float, entries: int) -> int:
+    """floor(density * n)."""
+    return math.floor(density * entries)
+
+
+def thresholds_in(deltas: Deltas, ranks: Sequence[int]) -> list[list[float]]:
+    """The k-th largest magnitudes of each adapter in one module.
+
+    Returns:
+        One list an adapter, one value for each k; [0, ...] for an adapter that adds nothing.
+    """
+    found = [[0.0] * len(ranks) for _ in range(1 + max((s.index for s in deltas.sources), default=-1))]
+    values = pool_map(
+        lambda source: largest(lambda: (tile for _, tile in deltas.tiles(source)), ranks, deltas.dtype), deltas.sources
+    )
+    for source, own in zip(deltas.sources, values, strict=True):
+        found[source.index] = own
+    return found
+
+
+def trimmed_in(deltas: Deltas, density: float) -> list[float]:
+    """The magnitude of each adapter that a share of its entries in one module reaches."""
+    return [found[0] for found in thresholds_in(deltas, [kept_count(density, math.prod(deltas.shape))])]
+
+
+def thresholds_over(layers: Layers, density: float, view: Callable[[LayerInputs], Deltas] = deltas_of) -> list[float]:
+    """The magnitude of each adapter that a share of its entries over all modules reaches.
+
+    Args:
+        layers: Gives all modules afresh each time; none is kept.
+        density: Share of the entries to keep, of all entries of all modules: a module that an adapter lacks counts as
+            zeros.
+        view: What of a module is looked at.
+
+    Returns:
+        One threshold an adapter.
+    """
+    narrow = _thresholds_over(layers, density, view, torch.float32)
+    return narrow if narrow is not None else _thresholds_over(layers, density, view, torch.float64) or []
+
+
+def _thresholds_over(
+    layers: Layers, density: float, view: Callable[[LayerInputs], Deltas], dtype: torch.dtype
+) -> list[float] | None:
+    """The thresholds found in a dtype, or None where a module needs the wider one."""
+    selections: list[Selection] = []
+    while not selections or not selections[0].done:
+        entries = 0
+        for layer in layers():
+            deltas = view(layer)
+            if deltas.dtype == torch.float64 and dtype == torch.float32:
+                return None
+            selections = selections or [Selection(dtype) for _ in layer.factors]
+            entries += math.prod(deltas.shape)
+            pool_map(_count, [(deltas, source, selections[source.index]) for source in deltas.sources])
+        if not selections:
+            return []
+        for selection in selections:
+            selection.narrow([kept_count(density, entries)])
+    return [selection.values()[0] for selection in selections]
+
+
+def _count(job: tuple[Deltas, Source, Selection]) -> None:
+    deltas, source, selection = job
+    for _, tile in deltas.tiles(source):
+        selection.add(tile)

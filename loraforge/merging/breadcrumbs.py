@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from loraforge.linalg.elements import Deltas, Sparsify, deltas_of, drop_above, keep_from, kept_count, summed, thresholds_in
+from loraforge.linalg.elements import Deltas, Sparsify, deltas_of, drop_above, keep_from, summed
+from loraforge.linalg.thresholds import kept_count, thresholds_in
 from loraforge.merging.elements_params import BreadcrumbsParams
 from loraforge.types import LayerInputs, RowStream
 

@@ -14,7 +14,36 @@ Cost: 2 (m + n) R^2 + O(R^3) + N R^2.
 
 from __future__ import annotations
 
-from loraforge.linalg.elements import Layers, elected, kept_count, thresholds_in, thresholds_over, trim
-from loraforge.linalg.elements_core import blocks_of, core_without_zeros
+import torch
+
+from loraforge.linalg.core_blocks import core_blocks
+from loraforge.linalg.elements import elected, trim
+from loraforge.linalg.thresholds import Layers, thresholds_over, trimmed_in
 from loraforge.merging.elements_params import TrimParams
 from loraforge.types import LayerInputs, Update
+
+
+def survey(layers: Layers, params: TrimParams) -> list[float] | None:
+    """The threshold of each adapter's blocks over all modules; None where each module has its own."""
+    if params.scope != "global":
+        return None
+    return thresholds_over(layers, params.density, lambda layer: core_blocks(layer)[1])
+
+
+def merge_layer(layer: LayerInputs, params: TrimParams) -> Update:
+    """The merged factors of one module.
+
+    Args:
+        layer: Factors and weights; `context` has the survey's thresholds. Without a survey the module stands for the
+            whole adapter.
+        params: density and scope.
+
+    Returns:
+        B (m, k), A (k, n), k = min(p, q) <= R.
+
+    Raises:
+        LoraforgeError: Shapes differ or a factor holds NaN or Inf.
+    """
+    core, blocks = core_blocks(layer)
+    thresholds = trimmed_in(blocks, params.density) if layer.context is None else layer.context
+    return core.lift(elected(blocks, trim(thresholds)).delta(torch.float64))

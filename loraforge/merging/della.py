@@ -6,7 +6,8 @@ with D_i = s_i B_i A_i and k = 0 .. n - 1 the rank of |D_i| within its row of n 
 magnitudes rank by column. rescale=l1 leaves p_i out and gives M_i * D_i the l1 norm of D_i in each module instead.
 Draws belong to (seed, module, adapter, entry).
 
-Source: Deep et al., arXiv 2406.11617 (MagPrune), with its window written as density +- epsilon; rescale=l1 is mergekit's.
+Source: Deep et al., arXiv 2406.11617 (MagPrune), its window of probabilities written as density +- epsilon;
+rescale=l1 is mergekit's.
 Cost: m n R, N m n draws and m row sorts an adapter each time the rows are asked for.
 """
 

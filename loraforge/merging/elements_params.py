@@ -1,5 +1,7 @@
-"""Parameters of the element-wise methods: ties, dare, dare-ties, della, breadcrumbs, magnitude-prune, and their forms
-in shared spaces (knots-ties, core-ties, core-dare). Torch-free.
+"""Parameters of the element-wise methods. Torch-free.
+
+These are ties, dare, dare-ties, della, breadcrumbs and magnitude-prune, and their forms in shared spaces: knots-ties,
+core-ties, core-dare.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def merge_layer(layer: LayerInputs, params: GeometricMeanParams) -> Update:
         params: Which form.
 
     Returns:
-        B (m, r), A (r, n); aligned at most rank R. Zero where an adapter lacks the module: its delta is 0.
+        B (m, r), A (r, n); aligned at most rank R. Zero where an adapter lacks the module and its delta counts as 0.
 
     Raises:
         LoraforgeError: Ranks differ, or the code's form is asked for with more than two adapters.
@@ -89,7 +89,7 @@ def _as_published(layer: LayerInputs, Bs: list[Tensor], As: list[Tensor], scale:
 def _aligned(layer: LayerInputs) -> Update:
     """The mean of the cores in a basis that depends on the deltas alone."""
     core = core_of(layer, weighted=False)
-    if len(core.present) < len(core.blocks):
+    if len(core.present) < layer.count:
         return core.lift(torch.zeros_like(core.present[0]))
     left = torch.linalg.svd(torch.cat(core.present, dim=1), full_matrices=False).U
     right = torch.linalg.svd(torch.cat(core.present, dim=0), full_matrices=False).Vh.T

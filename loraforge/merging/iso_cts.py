@@ -47,11 +47,13 @@ def merge_layer(layer: LayerInputs, params: IsoCtsParams) -> Update:
     null = NULL[core.dtype]
     q = min(blocks[0].shape) if core.left is None else _rank_of_both(blocks, core.dtype)
     _, each = split_dimensions(q, len(blocks), params.common_fraction)
-    tops = [torch.linalg.matrix_norm(C, 2) for C in blocks]
-    own = [min(each, support(torch.linalg.svdvals(C), core.dtype)) if each else 0 for C in blocks]
-    U, S, V = _first(core.total(), q - sum(own), null, max(tops))
+    spectra = [torch.linalg.svdvals(C) for C in blocks]
+    own = [min(each, support(values, core.dtype)) for values in spectra]
+    U, S, V = _first(core.total(), q - sum(own), null * max(float(values[0]) for values in spectra))
     parts = [
-        _first(C - U @ (U.T @ C), count, null, top) for C, count, top in zip(blocks, own, tops, strict=True) if count
+        _first(C - U @ (U.T @ C), count, null * float(values[0]))
+        for C, count, values in zip(blocks, own, spectra, strict=True)
+        if count
     ]
     stacked = [torch.cat(sides, dim=-1) for sides in zip(*parts, (U, S, V), strict=True)]
     return core.lift_triplets(polar(stacked[0], core.dtype), stacked[1], polar(stacked[2], core.dtype))
@@ -73,8 +75,8 @@ def _rank_of_both(blocks: Sequence[Tensor], dtype: torch.dtype) -> int:
     return max(1, min(left, right))
 
 
-def _first(M: Tensor, count: int, null: float, scale: Tensor) -> Triplets:
-    """The first `count` singular triplets (U (p, c), S (c,), V (q, c)) of M above the share `null` of `scale`."""
+def _first(M: Tensor, count: int, null: float) -> Triplets:
+    """The first `count` singular triplets (U (p, c), S (c,), V (q, c)) of M above `null`."""
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    c = min(count, int((S > null * scale).sum()))
+    c = min(count, int((S > null).sum()))
     return U[:, :c], S[:c], Vh[:c].T

@@ -18,6 +18,7 @@ Cost: that of Iso-C; where it does more, iters + 1 decompositions of m x n an ad
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -27,9 +28,24 @@ from loraforge.errors import LoraforgeError
 from loraforge.linalg.factored import norm, weighted_sum
 from loraforge.linalg.iasad import Budget, Split, input_scale, make_budget, process
 from loraforge.merging.spectral_params import IasadParams
-from loraforge.types import Dense, LayerInputs, LowRank, Update
+from loraforge.types import Dense, LayerInputs, Update
 
-Entry = tuple[float, Update, Tensor | None]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One delta to be split.
+
+    Attributes:
+        weight: w_i.
+        update: The delta; None where it is 0 (centred, that is minus the mean).
+        scale: (n,) sqrt of the normalised input statistic, or None for ones.
+        budget: Rank and sparse share of its split.
+    """
+
+    weight: float
+    update: Update | None
+    scale: Tensor | None
+    budget: Budget
 
 
 def merge_layer(layer: LayerInputs, params: IasadParams) -> Update:
@@ -45,42 +61,19 @@ def merge_layer(layer: LayerInputs, params: IasadParams) -> Update:
     Raises:
         LoraforgeError: An input statistic does not fit, or rank_basis=lora was asked of full checkpoints.
     """
-    n = layer.shape[1]
-    stats = layer.stats or [None] * len(layer.factors)
-    entries: list[Entry] = [
-        (w, f, input_scale(d, n, layer.module))
-        for w, f, d in zip(layer.weights, layer.factors, stats, strict=True)
-        if f is not None and w * norm(f) != 0.0
-    ]
-    if not entries:
+    entries = _entries(layer, params)
+    real = [(e.weight, e.update) for e in entries if e.update is not None]
+    if not real:
         return weighted_sum(layer.present)
-    budgets = [budget_of(f, params) for _, f, _ in entries]
-    # A centred delta has the rank of all of them.
-    centred = params.center != "none"
-    together = sum(f.rank for _, f, _ in entries)
-    exact = [(together if centred else f.rank) <= b.k for (_, f, _), b in zip(entries, budgets, strict=True)]
+    # A delta minus the mean has the rank of all of them.
+    ranks = [
+        sum(f.rank for _, f in real) if params.center != "none" or e.update is None else e.update.rank for e in entries
+    ]
+    exact = [rank <= e.budget.k for rank, e in zip(ranks, entries, strict=True)]
     if all(exact):
         # Deltas minus their mean sum to zero: what the published code is left with where its splits are exact.
-        return weighted_sum([(0.0 if params.center == "drop-mean" else w, f) for w, f, _ in entries])
-    return _sum_of_splits(entries, budgets, exact, params)
-
-
-def budget_of(update: Update, params: IasadParams) -> Budget:
-    """Rank and sparse share of one adapter's split.
-
-    Raises:
-        LoraforgeError: rank_basis=lora was asked of a full checkpoint.
-    """
-    if params.rank_basis == "budget":
-        return make_budget(*update.shape, params.sparsity, params.rank_ratio)
-    if not isinstance(update, LowRank):
-        raise LoraforgeError(
-            "A full checkpoint has no adapter rank to take the low-rank part from",
-            where="rank_basis",
-            got="lora",
-            expected="budget",
-        )
-    return make_budget(*update.shape, params.sparsity, params.rank_ratio, update.rank)
+        return weighted_sum([(0.0 if params.center == "drop-mean" else w, f) for w, f in real])
+    return _sum_of_splits(entries, exact, weighted_sum(real), params)
 
 
 def describe(shape: tuple[int, int], rank: int | None, params: IasadParams) -> dict[str, int | float | bool]:
@@ -103,28 +96,47 @@ def describe(shape: tuple[int, int], rank: int | None, params: IasadParams) -> d
     return {"k": budget.k, "kept": nnz / (m * n), "nnz": nnz, "exact": exact}
 
 
-def _sum_of_splits(entries: list[Entry], budgets: list[Budget], exact: list[bool], params: IasadParams) -> Dense:
+def _entries(layer: LayerInputs, params: IasadParams) -> list[Entry]:
+    """What is split: every delta but those of 0, which count only where a mean is taken off.
+
+    Raises:
+        LoraforgeError: An input statistic does not fit, or rank_basis=lora was asked of full checkpoints.
+    """
+    lora = params.rank_basis == "lora"
+    if lora and any(isinstance(f, Dense) for f in layer.factors):
+        raise LoraforgeError(
+            "A full checkpoint has no adapter rank to take the low-rank part from",
+            where="rank_basis",
+            got="lora",
+            expected="budget",
+        )
+    entries = []
+    stats = layer.stats or [None] * len(layer.factors)
+    for weight, given, d in zip(layer.weights, layer.factors, stats, strict=True):
+        update = given if given is not None and weight * norm(given) != 0.0 else None
+        counts = params.center != "none" and not (given is None and layer.only_present)
+        if update is None and not counts:
+            continue
+        rank = (update.rank if update is not None else 0) if lora else None
+        budget = make_budget(*layer.shape, params.sparsity, params.rank_ratio, rank)
+        entries.append(Entry(weight, update, input_scale(d, layer.shape[1], layer.module), budget))
+    return entries
+
+
+def _sum_of_splits(entries: list[Entry], exact: list[bool], total: Update, params: IasadParams) -> Dense:
     """sum_i P_i as a matrix; one delta is dense at a time."""
-    total = weighted_sum([(w, f) for w, f, _ in entries]).delta(torch.float64)
-    mean = total / len(entries) if params.center != "none" else None
-    wide = any(t.dtype == torch.float64 for _, f, _ in entries for t in _tensors(f))
-    result = torch.zeros_like(total)
-    for (w, f, scale), budget, whole in zip(entries, budgets, exact, strict=True):
-        delta = f.delta(torch.float64) * w
-        if mean is not None:
-            delta -= mean
+    whole = total.delta(torch.float64)
+    centre = whole / len(entries) if params.center != "none" else torch.zeros_like(whole)
+    result = whole.clone() if params.center == "mean" else torch.zeros_like(whole)
+    for entry, unchanged in zip(entries, exact, strict=True):
+        delta = -centre if entry.update is None else entry.update.delta(torch.float64) * entry.weight - centre
         how = Split(
-            budget=budget,
+            budget=entry.budget,
             iters=params.iters,
             level=cast(Literal["row", "element"], params.prune_level),
             keep=cast(Literal["largest", "smallest"], params.keep),
             final_svd=params.final_svd == "on",
         )
-        result += delta if whole else process(delta, None if scale is None else scale.to(delta.device), how)
-    if params.center == "mean":
-        result += total
-    return Dense(result.to(torch.float64 if wide else torch.float32))
-
-
-def _tensors(update: Update) -> tuple[Tensor, ...]:
-    return (update.B, update.A) if isinstance(update, LowRank) else (update.weight,)
+        scale = None if entry.scale is None else entry.scale.to(delta.device)
+        result += delta if unchanged else process(delta, scale, how)
+    return Dense(result.to(total.delta().dtype if isinstance(total, Dense) else total.B.dtype))

@@ -21,18 +21,9 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
-from loraforge.linalg.elements import (
-    Deltas,
-    Layers,
-    adds,
-    deltas_of,
-    elected,
-    kept_count,
-    thresholds_in,
-    thresholds_over,
-    trim,
-)
+from loraforge.linalg.elements import Deltas, adds, deltas_of, elected, trim
 from loraforge.linalg.rank import numerical_rank
+from loraforge.linalg.thresholds import Layers, thresholds_over, trimmed_in
 from loraforge.merging.elements_params import TrimParams
 from loraforge.types import LayerInputs, LowRank
 
@@ -59,10 +50,7 @@ def merge_layer(layer: LayerInputs, params: TrimParams) -> LowRank:
         LoraforgeError: Inputs are no factors, shapes differ or a factor holds NaN or Inf.
     """
     U, blocks = aligned(layer)
-    thresholds = layer.context
-    if thresholds is None:
-        p, n = blocks.shape
-        thresholds = [found[0] for found in thresholds_in(blocks, [kept_count(params.density, p * n)])]
+    thresholds = trimmed_in(blocks, params.density) if layer.context is None else layer.context
     return LowRank(U.to(blocks.dtype), elected(blocks, trim(thresholds)).delta())
 
 

@@ -12,7 +12,8 @@ Cost: m n R a pass over the deltas; two passes for the thresholds, then one each
 
 from __future__ import annotations
 
-from loraforge.linalg.elements import Layers, deltas_of, kept_count, summed, thresholds_in, thresholds_over, trim
+from loraforge.linalg.elements import deltas_of, summed, trim
+from loraforge.linalg.thresholds import Layers, thresholds_over, trimmed_in
 from loraforge.merging.elements_params import TrimParams
 from loraforge.types import LayerInputs, RowStream
 
@@ -37,8 +38,5 @@ def merge_layer(layer: LayerInputs, params: TrimParams) -> RowStream:
         LoraforgeError: Shapes differ or a factor holds NaN or Inf.
     """
     deltas = deltas_of(layer)
-    thresholds = layer.context
-    if thresholds is None:
-        m, n = deltas.shape
-        thresholds = [found[0] for found in thresholds_in(deltas, [kept_count(params.density, m * n)])]
+    thresholds = trimmed_in(deltas, params.density) if layer.context is None else layer.context
     return summed(deltas, trim(thresholds))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from loraforge.linalg import scalars
-from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.scalar_params import ModelStockParams
 from loraforge.types import LayerInputs, Update
 
@@ -37,4 +36,4 @@ def merge_layer(layer: LayerInputs, params: ModelStockParams) -> Update:
         LoraforgeError: Nothing to merge, or shapes differ.
     """
     t = scalars.model_stock(scalars.gram_of(layer))
-    return weighted_sum([(t * w, f) for w, f in layer.present])
+    return scalars.combine(layer, [t * layer.weights[i] for i in scalars.counted(layer)])

@@ -89,8 +89,8 @@ def _rows(job: Job) -> list[dict[str, Any]]:
     for module in job.modules:
         infos = [a.info(module) for a in job.adapters if module in a.modules_set]
         m, n = infos[0].m, infos[0].n
-        # Entry by entry on the factors: the rank of one.
-        total = max(i.rank for i in infos) if job.row.equal_ranks else sum(i.rank for i in infos)
+        total = sum(i.rank for i in infos) if job.row.span == "sum" else max(i.rank for i in infos)
+        total = getattr(job.params, "clusters", None) or total
         rank = total
         asked = getattr(job.params, "rank", None) if job.row.own_rule else job.rule.rank
         least, most = job.params.bounds if job.row.own_rule else (job.rule.min_rank, job.rule.max_rank)
@@ -128,7 +128,8 @@ def _depends_on_data(job: Job) -> bool:
     rule = job.rule
     goals = (rule.energy, rule.nuclear, rule.ratio, rule.fro_error, job.budget, job.post)
     own = job.row.own_rule and getattr(job.params, "rank", None) is None
-    return own or any(goal is not None for goal in goals)
+    sparse = job.row.needs == "adapters" and (hasattr(job.params, "seed") or hasattr(job.params, "density"))
+    return own or sparse or any(goal is not None for goal in goals)
 
 
 def _rows_of(batch: Batch) -> int:

@@ -46,6 +46,7 @@ class MethodRow:
         lone: Parameters under which one adapter alone comes back unchanged; None: it never does.
         identical: What N copies of one adapter give under `lone`: "sum" (N times it), "mean" (it), None (neither).
         gauge: Only the products B A count, not the factors.
+        span: "sum": the result has at most rank sum r_i; "max": the largest r_i.
         own_rule: It cuts the weighted sum by itself: rank options that are parameters of it reach it as such.
     """
 
@@ -72,6 +73,7 @@ class MethodRow:
     lone: Mapping[str, Any] | None = field(default_factory=dict)
     identical: Literal["sum", "mean"] | None = "mean"
     gauge: bool = True
+    span: Literal["sum", "max"] = "sum"
     own_rule: bool = False
 
     def params_class(self) -> type[Any]:

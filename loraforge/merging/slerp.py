@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 
 from loraforge.errors import LoraforgeError
 from loraforge.linalg import scalars
-from loraforge.linalg.factored import weighted_sum
 from loraforge.merging.scalar_params import SlerpParams
 from loraforge.types import LayerInputs, Update
 
@@ -38,8 +37,8 @@ def merge_layer(layer: LayerInputs, params: SlerpParams) -> Update:
     Raises:
         LoraforgeError: More than two adapters, or shapes differ.
     """
-    count = len(layer.factors)
-    if count > 2:
-        raise LoraforgeError("slerp merges two adapters", where=layer.module, got=f"{count} adapters", hint="karcher")
-    coefficients = scalars.slerp(scalars.gram_of(layer), params.t) if count == 2 else [1.0]
-    return weighted_sum([(c, f) for c, f in zip(coefficients, layer.factors, strict=True) if f is not None])
+    if len(layer.factors) > 2:
+        raise LoraforgeError(
+            "slerp merges two adapters", where=layer.module, got=f"{len(layer.factors)} adapters", hint="use karcher"
+        )
+    return scalars.combine(layer, scalars.slerp(scalars.gram_of(layer), params.t) if layer.count == 2 else [1.0])

@@ -3,9 +3,8 @@
     W = sum_i w_i D_i = U diag(s) V^T;   a_r^i = u_r^T D_i,   c_r = u_r^T W = s_r v_r^T
     p_r^i = <c_r, a_r^i> / ||a_r^i||^2,   s_r <- s_r N / sum_i max(alpha, p_r^i)
 
-p_r^i is what direction r of the sum holds of task i's own share in it: N where N tasks agree, 1 where one is alone. A
-task without a share in a direction (a_r^i = 0) counts with alpha there. N counts the adapters with a delta in the
-module.
+p_r^i is how often direction r of the sum holds task i's own share in it: N where N tasks agree, 1 where one is alone.
+A task without a share (a_r^i = 0) is not counted in that direction, neither in the sum nor in N.
 
 When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, 2026, arXiv 2602.05536. Cost: 2 (m + n) R^2 +
 N R^3 a module; checkpoints one SVD of m x n and N products.
@@ -34,11 +33,12 @@ def merge_layer(layer: LayerInputs, params: SvcParams) -> Update:
     if p == 0:
         return core.lift(core.total())
     U, S, Vh = U[:, :p], S[:p], Vh[:p]
-    counted = torch.zeros_like(S)
+    counted, tasks = torch.zeros_like(S), torch.zeros_like(S)
     for C in core.present:
         shares = U.T @ C  # a_r^i, one a row
         squares = shares.square().sum(dim=1)
-        there = squares.sqrt() > NULL[core.dtype] * S
-        overlap = S * (Vh * shares).sum(dim=1)
-        counted += torch.where(there, overlap / squares, 0.0).clamp_min(params.alpha)
-    return core.lift_triplets(U, S * len(core.present) / counted, Vh.T)
+        there = squares.sqrt() > NULL[core.dtype] * torch.linalg.matrix_norm(C)
+        overlap = S * (Vh * shares).sum(dim=1) / squares
+        counted += torch.where(there, overlap.clamp_min(params.alpha), 0.0)
+        tasks += there
+    return core.lift_triplets(U, S * tasks / counted, Vh.T)

@@ -21,8 +21,8 @@ WIDTH = 11.0
 
 
 @contextmanager
-def figure(height: float, columns: int = 1, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure `WIDTH` x `height` inches with `columns` axes, in the style of the reports; closed afterwards."""
+def figure(height: float, columns: int = 1, rows: int = 1, **subplots: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure `WIDTH` x `height` inches with rows x columns axes, in the style of the reports; closed afterwards."""
     import matplotlib
 
     with matplotlib.rc_context(_style()):
@@ -32,7 +32,7 @@ def figure(height: float, columns: int = 1, **subplots: Any) -> Iterator[tuple[F
 
         drawn = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasAgg(drawn)
-        yield drawn, drawn.subplots(1, columns, **subplots)
+        yield drawn, drawn.subplots(rows, columns, **subplots)
         drawn.clear()
 
 

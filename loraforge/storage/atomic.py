@@ -65,7 +65,6 @@ def new_folder(
         if not left:
             clear(temporary, fingerprint)
         yield temporary
-        shutil.rmtree(temporary / RESUME, ignore_errors=True)
         _publish(temporary, target, overwrite)
         # From here on the temporary name may be another run's.
         ours, made = False, []
@@ -135,6 +134,8 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
     """Flushes the temporary folder and gives it the target's name; what had that name before is removed."""
     for entry in sorted(temporary.rglob("*"), reverse=True):
         flush_file(entry)
+    # As late as can be: a run that is killed before this is continued, one that is killed behind it starts anew.
+    shutil.rmtree(temporary / RESUME, ignore_errors=True)
     flush_file(temporary)
     # Looked at again: another process may have made it meanwhile.
     check_target(target, overwrite)

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -140,8 +141,11 @@ def _load(path: Path) -> dict[str, Tensor]:
         archive = zipfile.is_zipfile(path)
         if archive:
             _check_archive(path, size)
-        # Only the archive format of torch >= 1.6 can be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings():
+            # What it cannot read it refuses; that it read another protocol well is no news.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # Only the archive format of torch >= 1.6 can be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise LoraforgeError(
             "The .bin file is damaged or holds objects other than tensors, which could run code",

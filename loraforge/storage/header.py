@@ -76,9 +76,6 @@ def read_header(path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> Header
         with path.open("rb") as handle:
             start = handle.read(_LENGTH.size)
             length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
-            if start + handle.read(len(_LFS) - len(start)) == _LFS:
-                raise damaged(path, "a git-lfs pointer, not the file itself")
-            handle.seek(_LENGTH.size)
             if not 2 <= length <= min(size - _LENGTH.size, MAX_HEADER):
                 raise damaged(path, f"a header of {length} bytes")
             text = handle.read(length)
@@ -100,7 +97,7 @@ def check_regular(path: Path) -> int:
     """The size of a regular file; a folder, pipe or device is never opened.
 
     Raises:
-        LoraforgeError: It is missing or something else than a file.
+        LoraforgeError: It is missing, something else than a file, or stands for a file that was not fetched.
     """
     try:
         found = path.stat()
@@ -109,6 +106,13 @@ def check_regular(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
         raise LoraforgeError("The file of weights is no regular file", where=path, got=kind, expected="a file")
+    try:
+        with path.open("rb") as handle:
+            pointer = handle.read(len(_LFS)) == _LFS
+    except OSError as error:
+        raise damaged(path, error) from error
+    if pointer:
+        raise damaged(path, "a git-lfs pointer, not the file itself")
     return found.st_size
 
 

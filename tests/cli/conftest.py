@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,11 +57,10 @@ class FakeMerge:
             progress("solve", "encoder.q", 1, 2)
         if arguments.get("dry_run"):
             self.report = {"plan": PLAN}
+        elif arguments.get("out") is not None:
+            arguments["out"].mkdir(parents=True, exist_ok=bool(arguments.get("overwrite")))
+            (arguments["out"] / "adapter_config.json").write_text("{}", encoding="utf-8")
         return self
-
-    def save(self, out: Path, overwrite: bool = False) -> None:
-        out.mkdir(parents=True, exist_ok=overwrite)
-        (out / "adapter_config.json").write_text("{}", encoding="utf-8")
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def test_a_missing_adapter_is_named(run: Run, pair: tuple[Path, Path], tmp_path:
 SLOW = """
 import sys, time
 from loraforge.adapters.reader import Adapter
-from loraforge.merging.result import MergeResult
+from loraforge.adapters.session import WriteSession
 
 def pause():
     print("ready", file=sys.stderr, flush=True)
@@ -191,20 +191,14 @@ def slow_load(self, module, load=Adapter.load):
     pause()
     return load(self, module)
 
-class Slow(dict):
-    def items(self):
-        for item in super().items():
-            yield item
-            pause()
-
-def slow_save(self, out, overwrite=False, save=MergeResult.save):
-    self.modules = Slow(self.modules)
-    return save(self, out, overwrite)
+def slow_add(self, *arguments, add=WriteSession.add, **options):
+    add(self, *arguments, **options)
+    pause()
 
 if sys.argv.pop(1) == "reading":
     Adapter.load = slow_load
 else:
-    MergeResult.save = slow_save
+    WriteSession.add = slow_add
 from loraforge.cli.app import main
 main(sys.argv[1:])
 """

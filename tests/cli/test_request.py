@@ -45,6 +45,7 @@ def test_every_option_reaches_the_api(run: Run, fake_merge: FakeMerge) -> None:
         "dtype": "bfloat16",
         "device": "cpu",
         "seed": 7,
+        "format": "peft",
         "base": "B",
         "calibration": {"a": "a.jsonl", "b": "b.jsonl"},
         "samples": 9,
@@ -90,7 +91,6 @@ def test_an_alias_becomes_the_method(run: Run, fake_merge: FakeMerge) -> None:
         (["a", "b", "-m", "svd", "-o", "out", "--weights", "1;2"], 2, ["--weights", "1;2"]),
         (["a", "b", "-m", "svd", "-o", "out", "--weights", "1,2", "--weight", "1"], 2, ["--weight"]),
         (["a", "b", "c", "-m", "svd", "-o", "out", "--weight", "0.5"], 3, ["3 adapters"]),
-        (["a", "-m", "svd", "-o", "out", "--format", "kohya"], 3, ["kohya", "peft"]),
         (["a", "-m", "svd", "-o", "out", "--format", "pfet"], 2, ["did you mean 'peft'"]),
         (["a", "-m", "svd", "-o", "out", "--recipe", "missing.yaml"], 3, ["missing.yaml"]),
         (["a", "-m", "svd", "-o", "out", "--preset", "GLUE_t6"], 2, ["did you mean 'GLUE_t5'"]),
@@ -143,10 +143,10 @@ def test_a_recipe_may_name_the_output(run: Run, fake_merge: FakeMerge, tmp_path:
     assert again.exit_code == 3 and "--overwrite" in again.stderr
 
 
-def test_a_recipe_that_wants_a_whole_model_is_refused(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
-    recipe = write(tmp_path / "r.yaml", "method: svd\nadapters: [a]\noutput_kind: model\n")
+def test_a_recipe_may_want_a_whole_model(run: Run, fake_merge: FakeMerge, tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "method: svd\nadapters: [a]\noutput_kind: model\nbase: b\n")
     result = run("merge", "--recipe", recipe, "-o", tmp_path / "out")
-    assert result.exit_code == 3 and "output_kind" in result.stderr and fake_merge.calls == []
+    assert result.exit_code == 0 and fake_merge.arguments["output_kind"] == "model"
 
 
 def test_weights_are_numbers_of_any_sign() -> None:
@@ -156,15 +156,15 @@ def test_weights_are_numbers_of_any_sign() -> None:
 
 
 def test_calibration_is_by_name_or_in_order(tmp_path: Path) -> None:
-    assert read_calibration([]) is None
-    assert read_calibration(["a=x=1.jsonl", "b=y.jsonl"]) == {"a": "x=1.jsonl", "b": "y.jsonl"}
-    assert read_calibration(["x.jsonl", "data/lr=1/y.jsonl"]) == ["x.jsonl", "data/lr=1/y.jsonl"]
+    assert read_files([], "--calibration") is None
+    assert read_files(["a=x=1.jsonl", "b=y.jsonl"], "--calibration") == {"a": "x=1.jsonl", "b": "y.jsonl"}
+    assert read_files(["x.jsonl", "data/lr=1/y.jsonl"], "--calibration") == ["x.jsonl", "data/lr=1/y.jsonl"]
     odd = write(tmp_path / "a=b.jsonl", "{}")
-    assert read_calibration([str(odd)]) == [str(odd)]
+    assert read_files([str(odd)], "--calibration") == [str(odd)]
     with pytest.raises(UsageError, match="by name and in order"):
-        read_calibration(["a=x.jsonl", "y.jsonl"])
-    with pytest.raises(UsageError, match="two calibration files"):
-        read_calibration(["a=x.jsonl", "a=y.jsonl"])
+        read_files(["a=x.jsonl", "y.jsonl"], "--calibration")
+    with pytest.raises(UsageError, match="two files of --calibration"):
+        read_files(["a=x.jsonl", "a=y.jsonl"], "--calibration")
 
 
 def test_an_output_never_touches_an_input(tmp_path: Path) -> None:
@@ -240,8 +240,16 @@ def test_a_foreign_output_is_refused_before_any_work(run: Run, fake_merge: FakeM
         assert result.exit_code == 3 and reason in result.stderr and fake_merge.calls == []
 
 
-def test_formats() -> None:
-    check_format("peft", "adapter")
-    with pytest.raises(LoraforgeError, match="does not write the format 'kohya' yet") as caught:
-        check_format("kohya", "adapter")
-    assert caught.value.exit_code == 3
+def test_options_of_the_data_free_methods(run: Run, fake_merge: FakeMerge) -> None:
+    words = "a b -m ties --density 0.3 --scope module --nuclear 0.9 --max-rank 8 --post iso --format kohya --resume"
+    found = arguments_of(run, fake_merge, *words.split())
+    assert found["params"] == {"density": 0.3, "scope": "module"}
+    assert (found["nuclear"], found["max_rank"], found["post"], found["format"]) == (0.9, 8, "iso", "kohya")
+    assert found["resume"] is True
+
+
+def test_a_preset_may_belong_to_a_method(run: Run, fake_merge: FakeMerge) -> None:
+    found = arguments_of(
+        run, fake_merge, "a", "b", "-m", "iso-iasad", "--preset", "published-code", "--stats", "s", "--stats", "t"
+    )
+    assert found["params"] == {"preset": "published-code"} and found["stats"] == ["s", "t"]

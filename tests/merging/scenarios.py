@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import loraforge as lf
 from tests.adapters import folders
+from tests.oracles.factored import best_rank_k, relative
 
 Array = NDArray[np.float64]
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+TOLERANCE = {"float64": 1e-10, "float32": 2e-6}
 
 SHAPES = {
     "block.0.wide": (64, 48),
@@ -79,10 +84,14 @@ class Recipe:
     alpha: float = 8.0
     alphas: tuple[tuple[str, float], ...] = ()
     rslora: bool = False
+    integers: bool = False
 
 
 def write(folder: Path, recipe: Recipe, dtype: torch.dtype) -> tuple[Path, dict[str, Pair]]:
-    """Writes an adapter with Gaussian factors whose columns fall off like i^(-1/2), all products of norm about 1."""
+    """Writes an adapter with Gaussian factors whose columns fall off like i^(-1/2), all products of norm about 1.
+
+    `integers`: factors of -1, 0 and 1 and scaling 1, so that entries of the delta are exact and many are equal.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     tensors, content, ranks = {}, {}, {}
     for module, (m, n) in SHAPES.items():
@@ -96,6 +105,9 @@ def write(folder: Path, recipe: Recipe, dtype: torch.dtype) -> tuple[Path, dict[
         size = 1.0 / math.sqrt(m * n * scaling * scaling)
         B = (torch.randn(m, r, generator=generator, dtype=torch.float64) * fall * size).to(dtype)
         A = torch.randn(r, n, generator=generator, dtype=torch.float64).to(dtype)
+        if recipe.integers:
+            B = torch.randint(-1, 2, (m, r), generator=generator).to(dtype)
+            A = torch.randint(-1, 2, (r, n), generator=generator).to(dtype)
         tensors[f"{folders.PREFIX}{module}.lora_B.weight"] = B
         tensors[f"{folders.PREFIX}{module}.lora_A.weight"] = A
         content[module] = Pair(B.double().numpy(), A.double().numpy(), scaling)
@@ -119,20 +131,60 @@ LEFT = Recipe("left", {"wide": 3, "tall": 6, "long": 4, "thin": 1, "square": 8},
 RIGHT = Recipe(
     "right", {"wide": 3, "tall": 6, "long": 4, "thin": 1, "square": 8}, 7, alpha=5.0, alphas=(("long", 1.0),)
 )
+WHOLE = {"wide": 50, "tall": 49, "long": 41, "thin": 2, "square": 40}
+WHOLE_A = Recipe("whole_a", WHOLE, 8, alphas=tuple(WHOLE.items()), integers=True)
+WHOLE_B = Recipe("whole_b", WHOLE, 9, alphas=tuple(WHOLE.items()), integers=True)
 
 SCENARIOS = {
     "mixed": (FIRST, SECOND, THIRD),  # two modules are missing from the third; R > min(m, n) in one
     "full": (BIG, BIGGER),  # R >= min(m, n) everywhere
     "equal": (LEFT, RIGHT),  # equal ranks, different scalings
     "twice": (LEFT, LEFT, RIGHT),  # the same folder twice: dependent directions
+    "integers": (WHOLE_A, WHOLE_B),  # equal magnitudes at every threshold, zero entries, sums of exactly 0
 }
 
 
-def make(folder: Path, name: str, dtype: torch.dtype) -> Scenario:
-    """Writes the adapters of a scenario, each folder once."""
-    written: dict[str, tuple[Path, dict[str, Pair]]] = {}
-    for recipe in SCENARIOS[name]:
-        if recipe.name not in written:
-            written[recipe.name] = write(folder, recipe, dtype)
-    found = [written[recipe.name] for recipe in SCENARIOS[name]]
-    return Scenario([path for path, _ in found], [content for _, content in found])
+class Maker:
+    """Writes each scenario once a dtype."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[tuple[str, str], Scenario] = {}
+
+    def __call__(self, name: str, dtype: str) -> Scenario:
+        if (name, dtype) not in self.made:
+            recipes = {recipe.name: recipe for recipe in SCENARIOS[name]}
+            written = {k: write(self.folder / f"{name}-{dtype}", r, DTYPES[dtype]) for k, r in recipes.items()}
+            found = [written[recipe.name] for recipe in SCENARIOS[name]]
+            self.made[name, dtype] = Scenario([path for path, _ in found], [content for _, content in found])
+        return self.made[name, dtype]
+
+
+def merged(paths: Sequence[Path], method: str, **options: Any) -> dict[str, Array]:
+    """The merged deltas in float64, through the public API."""
+    result = lf.merge(paths, method, **options)
+    return {name: pair.delta(torch.float64).numpy() for name, pair in result.modules.items()}
+
+
+def distances(found: Mapping[str, Array], want: Mapping[str, Array]) -> dict[str, float]:
+    """Relative Frobenius distance by module; the norm of what is found where nothing is wanted."""
+    assert set(found) == set(want)
+    return {m: relative(found[m], W) if np.any(W) else float(np.linalg.norm(found[m])) for m, W in want.items()}
+
+
+def excess(found: Mapping[str, Array], want: Mapping[str, Array], s: Scenario) -> dict[str, float]:
+    """How much worse than the best rank-R approximation a rank-R result is, in squared norm relative to the target.
+
+    Where R >= min(m, n) nothing may be lost: the plain distance.
+    """
+    assert set(found) == set(want)
+    out = {}
+    for m, W in want.items():
+        R = s.bound(m)
+        if min(W.shape) == R or not np.any(W):
+            out[m] = relative(found[m], W) if np.any(W) else float(np.linalg.norm(found[m]))
+            continue
+        assert np.linalg.matrix_rank(found[m], tol=1e-5 * np.linalg.norm(found[m])) <= R
+        lost = np.linalg.norm(found[m] - W) ** 2
+        out[m] = float(abs(lost - best_rank_k(W, R)[1] ** 2) / np.linalg.norm(W) ** 2)
+    return out

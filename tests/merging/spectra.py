@@ -121,10 +121,11 @@ def check_invariants(merge: Merge, params: Any, inputs: LayerInputs, tolerance: 
     assert found.B.dtype == found.A.dtype == torch.float64
 
 
-def check_zeros(merge: Merge, params: Any) -> None:
+def check_zeros(merge: Merge, params: Any, *, checkpoints: bool = True) -> None:
     """A module of zeros gives zeros, of adapters and of checkpoints."""
     zero = LowRank(torch.zeros(6, 2), torch.ones(2, 5))
     found = merge(LayerInputs("m", [zero, zero], [1.0, 1.0], stats=[None, None]), params)
     assert found.shape == (6, 5) and not found.delta().any()
-    found = merge(LayerInputs("m", [Dense(torch.zeros(6, 5))] * 2, [1.0, 1.0], stats=[None, None]), params)
-    assert isinstance(found, Dense) and not found.delta().any()
+    if checkpoints:
+        found = merge(LayerInputs("m", [Dense(torch.zeros(6, 5))] * 2, [1.0, 1.0], stats=[None, None]), params)
+        assert isinstance(found, Dense) and not found.delta().any()

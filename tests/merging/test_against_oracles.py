@@ -9,10 +9,7 @@ factors are rounded to float32 (2^-24 = 6e-8 an entry, times sqrt(R) and the gro
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import dataclasses
 
 import numpy as np
 import pytest
@@ -20,332 +17,237 @@ import torch
 
 import loraforge as lf
 from loraforge.merging.methods import METHODS
-from tests.merging import scenarios
-from tests.merging.scenarios import SCENARIOS, Array, Scenario
-from tests.oracles import document, elementwise, scalars, spectral
+from loraforge.types import Dense, LayerInputs, LowRank
+from tests.merging.oracle_cases import CASES, Case
+from tests.merging.scenarios import SCENARIOS, SHAPES, TOLERANCE, Maker, Scenario, distances, excess, merged
+from tests.oracles import document, elementwise, iasad, ranks, scalars, spectral
 from tests.oracles.factored import best_rank_k, relative
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32}
-TOLERANCE = {"float64": 1e-10, "float32": 2e-6}
-SIGNED = [0.7, -0.4, 1.3]
-Weights = Sequence[float]
-Oracle = Callable[[Scenario, Weights], dict[str, Array]]
+# Tested apart: random draws (test_draws_against_oracles.py), and clusters that only a clear case determines (below).
+APART = {"dare", "dare-ties", "della", "core-dare", "lora-lego"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A method under parameters, and what it must give.
-
-    `default` is what the oracle takes for the weights that were not given; `signed` the weights that are tried beside
-    them. `dense` results have no low rank: an adapter can hold their best approximation of rank R only.
-    """
-
-    method: str
-    oracle: Oracle
-    params: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    default: str = "one"
-    signed: Weights | None = tuple(SIGNED)
-    dense: bool = False
-    where: tuple[str, ...] = ("mixed", "full", "twice")
-
-    @property
-    def id(self) -> str:
-        said = {**self.params, **self.options}
-        return self.method + "".join(f" {k}={v}" for k, v in said.items())
-
-
-def by_module(rule: Callable[..., Array], **options: Any) -> Oracle:
-    return lambda s, w: {m: rule(d, w, **options) for m, d in s.deltas.items()}
-
-
-def together(rule: Callable[..., dict[str, Array]], **options: Any) -> Oracle:
-    return lambda s, w: rule(s.deltas, w, **options)
-
-
-def flat(oracle: Oracle, **options: Any) -> Oracle:
-    """The rank rule of an adapter (at most R), then the flattening."""
-    return lambda s, w: {m: spectral.flattened(W, rank=s.bound(m), **options) for m, W in oracle(s, w).items()}
-
-
-def rescaled(oracle: Oracle, size: Callable[[list[Array], Array], float], measure: Callable[[Array], float]) -> Oracle:
-    """The flattened result with `measure` of it made `size` of (the D_i, their sum)."""
-
-    def of(s: Scenario, w: Weights) -> dict[str, Array]:
-        out = {}
-        for m, W in oracle(s, w).items():
-            D = [x * d if d is not None else np.zeros_like(W) for x, d in zip(w, s.deltas[m], strict=True)]
-            out[m] = W * size(D, np.sum(D, axis=0)) / measure(W)
-        return out
-
-    return of
-
-
-def nuclear(W: Array) -> float:
-    return float(np.linalg.svd(W, compute_uv=False).sum())
-
-
-def norm(W: Array) -> float:
-    return float(np.linalg.norm(W))
-
-
-def best(s: Scenario, w: Weights) -> dict[str, Array]:
-    """svd: the best approximation of the sum at the largest rank of the adapters."""
-    return {m: spectral.truncated(spectral.total(d, w), max(s.ranks(m))) for m, d in s.deltas.items()}
-
-
-def iasad(**options: Any) -> Oracle:
-    return lambda s, w: {m: spectral.iso_iasad(d, w, s.ranks(m), **options) for m, d in s.deltas.items()}
-
-
-def core_ties(density: float, scope: str) -> Oracle:
-    def of(s: Scenario, w: Weights) -> dict[str, Array]:
-        sides = {m: [None if p is None else (p.scaling * p.B, p.A) for p in s.pairs(m)] for m in s.modules}
-        factors = {
-            m: ([None if x is None else x[0] for x in xs], [None if x is None else x[1] for x in xs])
-            for m, xs in sides.items()
-        }
-        return elementwise.core_ties(factors, w, density, scope)
-
-    return of
-
-
-def on_factors(rule: Callable[..., Array], **options: Any) -> Oracle:
-    """A rule on raw factors; adapters that lack the module are not there."""
-
-    def of(s: Scenario, w: Weights) -> dict[str, Array]:
-        out = {}
-        for m in s.modules:
-            here = [(p, x) for p, x in zip(s.pairs(m), w, strict=True) if p is not None]
-            parts = ([p.B for p, _ in here], [p.A for p, _ in here], [p.scaling for p, _ in here])
-            more = ([x for _, x in here],) if rule is document.robust_merge else ()
-            out[m] = rule(*parts, *more, **options)
-        return out
-
-    return of
-
-
-def vectors(rule: Callable[..., Array], scope: str = "module", weighted: bool = False, **options: Any) -> Oracle:
-    def of(s: Scenario, w: Weights) -> dict[str, Array]:
-        more = {"weights": w} if weighted else {}
-        return scalars.over(s.deltas, scope, lambda v: rule(v, **more, **options))
-
-    return of
-
-
-SUM = by_module(spectral.total)
-ISO = flat(SUM)
-CTS = by_module(spectral.iso_cts)
-TWO = ("full", "equal")
-DENSE: dict[str, Any] = {"dense": True}
-FIXED: dict[str, Any] = {"signed": None}
-ANY = ("mixed", "full", "twice", "equal")
-
-CASES = [
-    Case("task-arithmetic", SUM),
-    Case("concat", SUM),
-    Case("weighted-average", SUM, default="mean"),
-    Case("svd", best),
-    Case("rsvd", lambda s, w: {m: document.rsvd(W) for m, W in SUM(s, w).items()}, {"exact": "always"}, default="mean"),
-    Case(
-        "rsvd",
-        lambda s, w: {m: document.rsvd(W, 0.7, 1, 5) for m, W in SUM(s, w).items()},
-        {"exact": "always"},
-        {"energy": 0.7, "min_rank": 1, "max_rank": 5},
-        default="mean",
-    ),
-    Case("geometric-mean", on_factors(document.geometric_mean), where=("equal", "twice"), **FIXED),
-    # --- spectral
-    Case("iso-c", ISO),
-    Case("iso-c", flat(SUM, mean_over="full", alpha=1.5), {"mean_over": "full", "alpha": 1.5}),
-    Case("iso-c", flat(SUM, kind="rms"), {"average": "rms"}),
-    Case("iso-c", flat(SUM, kind="geo", power=0.5), {"average": "geo", "power": 0.5}),
-    Case("iso-c", flat(SUM, power=0.25), {"power": 0.25}),
-    Case("iso-c", rescaled(ISO, lambda D, W: norm(W), norm), {"target_norm": "fro"}),
-    Case(
-        "iso-c",
-        rescaled(ISO, lambda D, W: 2 * nuclear(W), nuclear),
-        {"target_norm": "nuclear", "mean_over": "full", "alpha": 2.0},
-    ),
-    Case(
-        "iso-c",
-        rescaled(ISO, lambda D, W: float(np.mean([norm(d) for d in D])), norm),
-        {"target_norm": "mean-adapter"},
-    ),
-    Case(
-        "iso-c",
-        lambda s, w: {m: spectral.flattened(W, rank=3) for m, W in SUM(s, w).items()},
-        options={"rank": 3},
-    ),
-    Case("iso-cts", flat(CTS)),
-    Case("iso-cts", flat(by_module(spectral.iso_cts, fraction=0.3)), {"common_fraction": 0.3}),
-    Case("iso-cts", flat(by_module(spectral.iso_cts, fraction=0.0)), {"common_fraction": 0.0}),
-    Case("iso-cts", flat(CTS, mean_over="full"), {"mean_over": "full"}),
-    Case("iso-iasad", flat(iasad()), where=ANY),
-    Case("iso-iasad", flat(iasad(rank_basis="lora")), {"rank_basis": "lora"}, where=ANY),
-    Case(
-        "iso-iasad",
-        flat(iasad(rank_basis="lora", rank_ratio=0.4, sparsity=0.3, prune_level="element", iters=4)),
-        {"rank_basis": "lora", "rank_ratio": 0.4, "sparsity": 0.3, "prune_level": "element", "iters": 4},
-    ),
-    Case(
-        "iso-iasad",
-        flat(iasad(rank_basis="lora", keep="smallest", final_svd=False), mean_over="full"),
-        {"rank_basis": "lora", "preset": "document"},
-    ),
-    Case("iso-iasad", flat(iasad(rank_basis="lora", center="mean")), {"rank_basis": "lora", "center": "mean"}),
-    Case("tsv", by_module(spectral.tsv)),
-    Case("tsv", by_module(spectral.tsv, k=2), {"k": 2}),
-    Case("wudi", by_module(spectral.wudi)),
-    Case("wudi", by_module(spectral.wudi, ridge=0.05), {"ridge": 0.05}),
-    Case("svc", by_module(spectral.svc, floor=0.1)),
-    Case("svc", by_module(spectral.svc, floor=1.2), {"alpha": 1.2}),
-    # --- element-wise
-    *(
-        Case(method, together(rule, density=density, scope=scope), {"density": density, "scope": scope}, **DENSE)
-        for method, rule in (("ties", elementwise.ties), ("magnitude-prune", elementwise.magnitude_prune))
-        for density, scope in ((0.2, "global"), (0.2, "module"), (0.55, "global"), (1.0, "module"))
-    ),
-    Case("breadcrumbs", by_module(elementwise.breadcrumbs), **DENSE),
-    Case(
-        "breadcrumbs",
-        by_module(elementwise.breadcrumbs, density=0.6, gamma=0.1),
-        {"density": 0.6, "gamma": 0.1},
-        **DENSE,
-    ),
-    Case(
-        "breadcrumbs",
-        by_module(elementwise.breadcrumbs, density=0.5, gamma=0.0),
-        {"density": 0.5, "gamma": 0.0},
-        **DENSE,
-    ),
-    *(
-        Case(method, rule(density, scope), {"density": density, "scope": scope})
-        for method, rule in (
-            ("knots-ties", lambda d, s: together(elementwise.knots_ties, density=d, scope=s)),
-            ("core-ties", core_ties),
-        )
-        for density, scope in ((0.2, "global"), (0.2, "module"), (0.7, "global"))
-    ),
-    Case(
-        "ties",
-        flat(together(elementwise.ties, density=0.3, scope="module")),
-        {"density": 0.3, "scope": "module"},
-        {"post": "iso"},
-    ),
-    # --- one coefficient an adapter
-    *(
-        Case(method, vectors(rule, scope, **options), {"scope": scope, **options}, where=where, default="mean", **FIXED)
-        for method, rule, options, where in (
-            ("slerp", scalars.slerp, {}, TWO),
-            ("slerp", scalars.slerp, {"t": 0.2}, TWO),
-            ("karcher", scalars.karcher, {}, ANY),
-            ("model-stock", scalars.model_stock, {}, ANY),
-        )
-        for scope in ("module", "global")
-    ),
-    Case(
-        "karcher",
-        vectors(scalars.karcher, weighted=True),
-        default="mean",
-        signed=(0.5, 0.2, 0.3),
-        where=("full", "twice"),
-    ),
-    # --- factors
-    Case("robust-merge", on_factors(document.robust_merge), where=("equal", "twice", "mixed")),
-]
-
-RANDOM = ("dare", "dare-ties", "della", "core-dare")
-OTHER = ("lora-lego",)
-
-
-@pytest.fixture(scope="session")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Scenario]:
-    made: dict[tuple[str, str], Scenario] = {}
-
-    def of(name: str, dtype: str) -> Scenario:
-        if (name, dtype) not in made:
-            made[name, dtype] = scenarios.make(tmp_path_factory.mktemp(f"{name}-{dtype}"), name, DTYPES[dtype])
-        return made[name, dtype]
-
-    return of
-
-
-Scenarios = Callable[[str, str], Scenario]
-
-
-def need(method: str) -> None:
-    if method not in METHODS:
-        pytest.skip(f"there is no method '{method}'")
-
-
-def merged(s: Scenario, method: str, **options: Any) -> dict[str, Array]:
-    """The merged deltas in float64; sayings of the methods are not the matter here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        result = lf.merge(s.paths, method, **options)
-    return {name: pair.delta(torch.float64).numpy() for name, pair in result.modules.items()}
-
-
-def distances(found: Mapping[str, Array], want: Mapping[str, Array]) -> dict[str, float]:
-    assert set(found) == set(want)
-    return {m: relative(found[m], W) if np.any(W) else norm(found[m]) for m, W in want.items()}
-
-
-def excess(found: Mapping[str, Array], want: Mapping[str, Array], s: Scenario) -> dict[str, float]:
-    """How much worse than the best rank-R approximation a rank-R result is, in squared norm relative to the target.
-
-    Where R >= min(m, n) nothing may be lost: the plain distance.
-    """
-    assert set(found) == set(want)
-    out = {}
-    for m, W in want.items():
-        R = s.bound(m)
-        if min(W.shape) == R:
-            out[m] = relative(found[m], W)
-            continue
-        assert np.linalg.matrix_rank(found[m], tol=1e-5 * norm(found[m])) <= R
-        out[m] = abs(norm(found[m] - W) ** 2 - best_rank_k(W, R)[1] ** 2) / norm(W) ** 2
-    return out
-
-
-# ---------------------------------------------------------------- all methods
+@pytest.fixture(scope="module")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    return Maker(tmp_path_factory.mktemp("scenarios"))
 
 
 def test_every_data_free_method_has_an_oracle() -> None:
     """And every oracle a method: names that are missing on either side are listed."""
-    known = {case.method for case in CASES} | {*RANDOM, *OTHER}
+    known = {case.method for case in CASES} | APART
     free = {name for name, row in METHODS.items() if row.needs == "adapters"}
-    assert (sorted(known - free), sorted(free - known)) == ([], [])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
-@pytest.mark.parametrize(
-    ("case", "name"), [pytest.param(c, name, id=f"{c.id} [{name}]") for c in CASES for name in c.where]
-)
-def test_method(case: Case, name: str, weighted: bool, dtype: str, scenario: Scenarios) -> None:
-    need(case.method)
-    s = scenario(name, dtype)
-    default = [1.0 if case.default == "one" else 1.0 / s.count] * s.count
-    if weighted and case.signed is None:
-        pytest.skip("takes no weights, or none whose meaning is laid down")
-    weights = list(case.signed or ())[: s.count] if weighted else default
-    if weighted and case.method == "karcher":  # its weights are shares: what else they could mean is not laid down
-        weights = [w / sum(weights) for w in weights]
-    options = dict(case.options) | ({"params": dict(case.params)} if case.params else {})
-    found = merged(s, case.method, **options, **({"weights": weights} if weighted else {}))
-    want = case.oracle(s, weights)
-    away = excess(found, want, s) if case.dense else distances(found, want)
-    assert {m: a for m, a in away.items() if a > TOLERANCE[dtype]} == {}
+    assert {"no such method": sorted(known - free), "no oracle": sorted(free - known)} == {
+        "no such method": [],
+        "no oracle": [],
+    }
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_scenarios_are_what_they_are_called(name: str, scenario: Scenarios) -> None:
-    """The adapters as files are the oracles' deltas: the plain sum of each alone, and its rank."""
+def test_files_hold_what_the_oracles_see(name: str, scenario: Maker) -> None:
     s = scenario(name, "float64")
     for path, content in zip(s.paths, s.contents, strict=True):
         adapter = lf.open_adapter(path)
         assert set(adapter.modules) == set(content)
         for module, pair in content.items():
             assert relative(adapter.load(module).delta(torch.float64), pair.delta) < 1e-14
+
+
+def check(case: Case, s: Scenario, dtype: str, weights: list[float] | None) -> None:
+    options = dict(case.options) | ({"params": dict(case.params)} if case.params else {})
+    found = merged(s.paths, case.method, **options, **({"weights": weights} if weights else {}))
+    default = [1.0 if case.default == "one" else 1.0 / s.count] * s.count
+    want = case.oracle(s, weights or default)
+    away = excess(found, want, s) if case.dense else distances(found, want)
+    assert {m: a for m, a in away.items() if not a <= TOLERANCE[dtype]} == {}
+
+
+@pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{c.id} [{n}]") for c in CASES for n in c.where])
+def test_method(case: Case, name: str, scenario: Maker) -> None:
+    check(case, scenario(name, "float64"), "float64", None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_method_on_float32_files(case: Case, scenario: Maker) -> None:
+    check(case, scenario(case.where[0], "float32"), "float32", None)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [pytest.param(c, n, id=f"{c.id} [{n}]") for c in CASES if c.signed for n in c.where]
+)
+def test_method_with_weights(case: Case, name: str, scenario: Maker) -> None:
+    """Weights of both signs; shares of 1 where only shares have a meaning."""
+    s = scenario(name, "float64")
+    weights = list(case.signed or ())[: s.count]
+    check(case, s, "float64", [w / sum(weights) for w in weights] if case.shares else weights)
+
+
+# ---------------------------------------------------------------- rank rules
+
+
+RULES = [
+    ("rank", 3.0), ("energy", 0.6), ("energy", 0.95), ("energy", 1.0), ("nuclear", 0.5), ("nuclear", 0.9),
+    ("ratio", 1.5), ("ratio", 4.0), ("fro_error", 0.4), ("fro_error", 0.05), ("fro_error", 0.0), (None, 0.0),
+]  # fmt: skip
+CLAMPS = [{}, {"min_rank": 4}, {"max_rank": 5}, {"min_rank": 2, "max_rank": 2}]
+
+
+@pytest.mark.parametrize(("goal", "value"), RULES, ids=str)
+def test_rank_rules(goal: str | None, value: float, scenario: Maker) -> None:
+    """Ranks by trying each on the dense spectrum, and the best approximation of that rank."""
+    s = scenario("mixed", "float64")
+    given = {} if goal is None else {goal: int(value) if goal == "rank" else value}
+    # Without any rule nothing is cut, not even what is more than min(m, n).
+    for clamp in CLAMPS if goal else [c for c in CLAMPS if "max_rank" in c]:
+        result = lf.merge(s.paths, "task-arithmetic", **given, **clamp)
+        for m, deltas in s.deltas.items():
+            W = spectral.total(deltas, [1.0] * s.count)
+            k = ranks.chosen(np.linalg.svd(W, compute_uv=False), goal, value, **clamp)
+            assert result.modules[m].rank == k, (m, clamp)
+            assert relative(result.modules[m].delta(torch.float64), best_rank_k(W, k)[0]) < 1e-10
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.8, 2.0])
+def test_budget(share: float, scenario: Maker) -> None:
+    s = scenario("mixed", "float64")
+    sums = {m: spectral.total(d, [1.0] * s.count) for m, d in s.deltas.items()}
+    spectra = {m: (np.linalg.svd(W, compute_uv=False), *W.shape) for m, W in sums.items()}
+    whole = sum(spectral.support(S) * (m + n) for S, m, n in spectra.values())
+    least = sum(m + n for _, m, n in spectra.values())
+    budget = least + int(share * (whole - least))
+    result = lf.merge(s.paths, "task-arithmetic", budget=budget)
+    want = ranks.budgeted(spectra, budget)
+    assert {m: pair.rank for m, pair in result.modules.items()} == want
+    assert sum(pair.B.numel() + pair.A.numel() for pair in result.modules.values()) <= budget
+    away = distances(
+        {m: p.delta(torch.float64).numpy() for m, p in result.modules.items()},
+        {m: best_rank_k(W, want[m])[0] for m, W in sums.items()},
+    )
+    assert max(away.values()) < 1e-10
+
+
+# ---------------------------------------------------------------- the document, and what it leaves open
+
+
+def test_document_compat_where_the_sketch_holds_all(scenario: Maker) -> None:
+    """R = 16 at most: a sketch of 16 columns finds everything whatever its seed; float32 inside, as published."""
+    s = scenario("equal", "float32")
+    params = {"document_compat": True, "min_rank": 16, "max_rank": 16}
+    found = merged(s.paths, "rsvd", params=params)
+    for m in s.modules:
+        one, two = s.pairs(m)
+        alphas = [p.scaling * p.A.shape[0] for p in (one, two)]
+        want = document.document_mix([one.B, two.B], [one.A, two.A], alphas)
+        assert relative(found[m], want) < 2e-5, m
+
+
+def test_document_compat_with_its_own_ranks(scenario: Maker) -> None:
+    """Rank and, within what two random sketches of one width may differ by, the error of the published steps."""
+    s = scenario("equal", "float32")
+    result = lf.merge(s.paths, "rsvd", params={"document_compat": True, "seed": 3})
+    for m in s.modules:
+        one, two = s.pairs(m)
+        sides = [one.B, two.B], [one.A, two.A], [p.scaling * p.A.shape[0] for p in (one, two)]
+        mix = document.document_mix(*sides)
+        want, q, k = document.document_rsvd(*sides, seed=3)
+        assert result.modules[m].rank == min(k, np.linalg.matrix_rank(mix)), (m, q, k)
+        lost = np.linalg.norm(result.modules[m].delta(torch.float64).numpy() - mix) / np.linalg.norm(mix)
+        assert lost <= 1.1 * np.linalg.norm(want - mix) / np.linalg.norm(mix) + 1e-5, m
+
+
+def test_rsvd_sketch_is_nearly_the_optimum(scenario: Maker) -> None:
+    """Eight more columns and two power steps: at most 2 % above Eckart and Young, and never below."""
+    s = scenario("full", "float64")
+    result = lf.merge(s.paths, "rsvd", rank=8, params={"exact": "never"})
+    for m, deltas in s.deltas.items():
+        W = spectral.total(deltas, [0.5, 0.5])
+        least = best_rank_k(W, 8)[1]
+        lost = np.linalg.norm(result.modules[m].delta(torch.float64).numpy() - W)
+        assert least - 1e-10 <= lost <= 1.02 * least + 1e-10, m
+
+
+@pytest.mark.parametrize("kinds", [4, 2])
+def test_lora_lego_on_clear_clusters(kinds: int) -> None:
+    """Three adapters whose four units are of 4 or 2 kinds but for 1e-3, factorised differently: kinds are the clusters."""
+    rng = np.random.default_rng(0)
+    B, A = (np.tile(rng.standard_normal((size, kinds)), 4 // kinds) for size in (12, 9))
+    A = A.T
+    pairs = []
+    for size in (1.0, 4.0, 0.25):
+        signs = np.array([1.0, -1.0, 1.0, -1.0]) * size
+        noisy = B + 1e-3 * rng.standard_normal(B.shape), A + 1e-3 * rng.standard_normal(A.shape)
+        order = rng.permutation(4)
+        pairs.append(((noisy[0] * signs)[:, order], (noisy[1] / signs[:, None])[order], order))
+    layer = LayerInputs(
+        "m", [LowRank(torch.from_numpy(b), torch.from_numpy(a)) for b, a, _ in pairs], [1.0] * 3, ("a", "b", "c")
+    )
+    row = METHODS["lora-lego"]
+    found = row.load_function()(layer, row.make_params({"clusters": kinds})).delta(torch.float64).numpy()
+    units, labels = [], []
+    for b, a, order in pairs:
+        for (x, y), label in zip(document.balanced_units(b, a), order, strict=True):
+            sign = np.sign(x @ B[:, label])
+            units.append((sign * x, sign * y))
+            labels.append(int(label) % kinds)
+    assert relative(found, document.lego(units, labels, 4.0)) < 1e-10
+
+
+TASK_VECTORS = {
+    "task-arithmetic": spectral.total,
+    "iso-c": spectral.total,
+    "iso-cts": lambda D, w: spectral.iso_cts(D, w, 0.8, q=9),
+    "iso-iasad": lambda D, w: iasad.iso_iasad(D, w, [9, 9, 9]),
+    "tsv": lambda D, w: spectral.tsv(D, w, k=3),
+    "ties": lambda D, w: elementwise.ties({"m": D}, w, 0.2)["m"],
+    "magnitude-prune": lambda D, w: elementwise.magnitude_prune({"m": D}, w, 0.2)["m"],
+    "breadcrumbs": elementwise.breadcrumbs,
+    "karcher": lambda D, w: scalars.karcher([d.ravel() for d in D], w).reshape(12, 9),
+    "model-stock": lambda D, w: scalars.model_stock([d.ravel() for d in D]).reshape(12, 9),
+}
+
+
+@pytest.mark.parametrize("method", TASK_VECTORS)
+def test_method_on_task_vectors(method: str) -> None:
+    """Full matrices instead of factors, as of checkpoints; the flattening of the iso family comes after."""
+    rng = np.random.default_rng(4)
+    shared = rng.standard_normal((12, 9))
+    D = [shared + rng.standard_normal((12, 9)) for _ in range(3)]
+    row = METHODS[method]
+    weights = [1 / 3] * 3 if row.default_weight == "mean" else [1.0, 0.5, -0.2]
+    layer = LayerInputs("m", [Dense(torch.from_numpy(d)) for d in D], weights, ("a", "b", "c"), [None] * 3)
+    known = {f.name for f in dataclasses.fields(row.params_class())}
+    params = row.make_params({"scope": "module"} if "scope" in known else {})
+    found = row.load_function()(layer, params).delta(torch.float64).numpy()
+    assert row.checkpoints and relative(found, TASK_VECTORS[method](D, weights)) < 1e-10
+
+
+def test_iasad_reads_its_statistics(scenario: Maker) -> None:
+    """Through the method itself: input statistics scale the columns while the split is sought."""
+    s = scenario("full", "float64")
+    row = METHODS["iso-iasad"]
+    rng = np.random.default_rng(1)
+    for options in ({}, {"prune_level": "element"}, {"keep": "smallest", "final_svd": "off"}):
+        params = row.make_params({"rank_basis": "lora", **options})
+        said = {**options, "final_svd": options.get("final_svd") != "off"}
+        for m in s.modules:
+            stats = [rng.chisquare(1, SHAPES[m][1]) + 0.01 for _ in range(2)]
+            stats[0][0] = 0.0  # an input that is never active
+            layer = LayerInputs(
+                m,
+                [LowRank(torch.from_numpy(p.B), torch.from_numpy(p.A), p.scaling) for p in s.pairs(m)],
+                [1.0, -0.5],
+                ("a", "b"),
+                [torch.from_numpy(x) for x in stats],
+            )
+            found = row.load_function()(layer, params).delta(torch.float64).numpy()
+            want = iasad.iso_iasad(s.deltas[m], [1.0, -0.5], s.ranks(m), stats, rank_basis="lora", **said)
+            assert relative(found, want) < 1e-10, (m, options)
+
+
+def test_svc_leaves_tasks_alone_that_share_nothing() -> None:
+    """Orthogonal deltas: nothing is counted twice, the sum stays."""
+    D = [np.diag([3.0, 2.0, 0.0, 0.0]), np.diag([0.0, 0.0, 1.0, 4.0])]
+    row = METHODS["svc"]
+    eye = torch.eye(4, dtype=torch.float64)
+    layer = LayerInputs("m", [LowRank(torch.from_numpy(d), eye) for d in D], [1.0, 1.0], ("a", "b"), [None, None])
+    found = row.load_function()(layer, row.make_params({})).delta(torch.float64).numpy()
+    assert relative(found, spectral.svc(D, [1.0, 1.0], 0.1)) < 1e-10

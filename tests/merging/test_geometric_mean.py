@@ -85,6 +85,8 @@ def test_a_missing_module_is_a_delta_of_zero() -> None:
     for params in (PLAIN, ALIGNED):
         for case in (inputs, zero):
             assert not merge_layer(case, params).delta().any()
+        absent = LayerInputs("m", inputs.factors, inputs.weights, only_present=True)
+        assert oracle.relative(product(merge_layer(absent, params)), product(inputs.factors[0])) < 1e-10
 
 
 @pytest.mark.parametrize("params", [PLAIN, GeometricMeanParams(variant="code")])

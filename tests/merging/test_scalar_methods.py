@@ -120,6 +120,16 @@ def test_a_missing_module_is_a_delta_of_zero(method: Any, params: Any) -> None:
 
 
 @every
+@pytest.mark.parametrize("scope", ["module", "global"])
+def test_a_missing_module_may_be_as_if_not_there(method: Any, params: Any, scope: str) -> None:
+    gap = two(gap=0)
+    wide = params(scope=scope)
+    context = method.survey(lambda: iter([two(), gap]), wide)
+    absent = LayerInputs("m", gap.factors, [1.0, 1.0], gap.keys, context=context, only_present=True)
+    assert oracle.relative(merged(method, wide, absent), deltas(gap)[1]) < 1e-12
+
+
+@every
 def test_the_scope_of_whole_adapters(method: Any, params: Any) -> None:
     """One Gram matrix for all modules: what counts is the angle of the modules laid side by side."""
     first, second = two(), two(gap=0)
@@ -146,8 +156,11 @@ def test_weights() -> None:
         )
         < 1e-10
     )
-    with pytest.raises(UsageError, match="no negative weights"):
-        karcher.merge_layer(LayerInputs("m", inputs.factors, [1.0, -0.1]), KarcherParams())
+    doubled = LayerInputs("m", inputs.factors, [0.4, 1.6])
+    assert oracle.relative(merged(karcher, KarcherParams(), doubled), merged(karcher, KarcherParams(), heavier)) < 1e-12
+    for wrong in ([1.0, -0.1], [0.0, 0.0]):
+        with pytest.raises(UsageError, match="no such weights"):
+            karcher.merge_layer(LayerInputs("m", inputs.factors, wrong), KarcherParams())
 
 
 def test_what_is_refused() -> None:

@@ -17,11 +17,12 @@ def oracle(parts: list[np.ndarray], alpha: float) -> np.ndarray:
     out = np.zeros_like(parts[0])
     for r in range(len(s)):
         c = s[r] * Vh[r]
-        total = 0.0
+        found = []
         for D in parts:
             a = U[:, r] @ D
-            total += max(alpha, float(c @ a / (a @ a)) if np.linalg.norm(a) > 1e-10 * s[r] else 0.0)
-        out += len(parts) / total * s[r] * np.outer(U[:, r], Vh[r])
+            if np.linalg.norm(a) > 1e-10 * np.linalg.norm(D):
+                found.append(max(alpha, float(c @ a / (a @ a))))
+        out += len(found) / sum(found) * s[r] * np.outer(U[:, r], Vh[r])
     return out
 
 
@@ -41,11 +42,11 @@ def test_by_hand() -> None:
     parts = [LowRank(torch.tensor([[x]]).double(), torch.tensor([[1.0, 0.0]]).double()) for x in (2.0, 1.0)]
     found = result(merge_layer, LayerInputs("m", parts, [1.0, 1.0]), SvcParams())
     assert np.allclose(found, [[4 / 3, 0.0]], atol=1e-14)
-    # A task that is alone in a direction: 1 and the floor 0.1 of the other, 2 * 2 / 1.1.
+    # A task that is alone in a direction keeps it.
     parts[1] = LowRank(torch.tensor([[0.0], [1.0]]).double(), torch.tensor([[0.0, 1.0]]).double())
     parts[0] = LowRank(torch.tensor([[2.0], [0.0]]).double(), torch.tensor([[1.0, 0.0]]).double())
     found = result(merge_layer, LayerInputs("m", parts, [1.0, 1.0]), SvcParams())
-    assert np.allclose(found, np.diag([4 / 1.1, 2 / 1.1]), atol=1e-14)
+    assert np.allclose(found, np.diag([2.0, 1.0]), atol=1e-14)
 
 
 @pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 8), (5,)])

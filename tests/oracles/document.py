@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.oracles.ranks import chosen
-from tests.oracles.spectral import truncated
+from tests.oracles.spectral import svd, truncated
 
 Array = NDArray[np.float64]
 
@@ -80,6 +80,25 @@ def geometric_mean(B: Sequence[Array], A: Sequence[Array], scales: Sequence[floa
     """geo(s) geo(B) geo(A) of the raw factors; the geometric mean of the scalings is folded in."""
     scale = math.prod(scales) ** (1.0 / len(scales))
     return scale * geometric_factor(B) @ geometric_factor(A)
+
+
+def geometric_code(B: Sequence[Array], A: Sequence[Array], scales: Sequence[float]) -> Array:
+    """What the document's code does with two adapters: 1e-8 under both roots, and A has the sign of A_1 alone."""
+    left = np.sign(B[0] * B[1]) * np.sqrt(np.abs(B[0] * B[1]) + 1e-8)
+    right = np.sign(A[0] * np.abs(A[1])) * np.sqrt(np.abs(A[0] * A[1]) + 1e-8)
+    return math.sqrt(scales[0] * scales[1]) * left @ right
+
+
+def geometric_aligned(deltas: Sequence[Array]) -> Array:
+    """Entry by entry |prod C_i|^(1/N) where all C_i have one sign (which it keeps), else 0.
+
+    D_i = U C_i V^T between the left vectors U of [D_1 .. D_N] and the right ones V of [D_1; ..; D_N]. The signs of
+    their columns do not matter.
+    """
+    U, V = svd(np.concatenate(deltas, axis=1))[0], svd(np.concatenate(deltas, axis=0))[2].T
+    C = np.stack([U.T @ d @ V for d in deltas])
+    agreed = np.all(C > 0.0, axis=0) | np.all(C < 0.0, axis=0)
+    return U @ (agreed * np.sign(C[0]) * np.abs(np.prod(C, axis=0)) ** (1.0 / len(deltas))) @ V.T
 
 
 def kept_largest(X: Array, density: float) -> Array:

@@ -74,7 +74,7 @@ def _problem(name: str, entry: Any, file: TensorFile) -> str | None:
         return "A key map names a module that is no dotted module name"
     if not isinstance(entry, dict) or not {"A", "B"} <= entry.keys() <= {"A", "B", "alpha"}:
         return 'An entry of the key map is not {"A": key, "B": key, "alpha": number or left out}'
-    if any(entry[side] not in file.shapes for side in "AB"):
+    if any(not isinstance(entry[side], str) or entry[side] not in file.shapes for side in "AB"):
         return "An entry of the key map names a key that the file does not have"
     alpha = entry.get("alpha")
     if alpha is not None and (

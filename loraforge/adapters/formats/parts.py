@@ -35,7 +35,8 @@ class ModuleInfo:
         m: Rows of B, the outputs.
         n: Columns of A, the inputs; for a convolution in_channels times the kernel.
         dtype: Dtype of A as stored.
-        fan_in_fan_out: The base layer is a Conv1D of transformers, whose weight is stored (n, m).
+        fan_in_fan_out: The base layer is a Conv1D of transformers, whose weight is stored (n, m). The configuration says
+            so of all linear modules at once; PEFT passes over it where the layer is an nn.Linear.
         kind: "linear", "conv", "embedding" (the base weight is stored (n, m)) or "expert".
         kernel: Kernel of a convolution, () for anything else. LoHa and LoKr without Tucker core do not state it: such a
             convolution reads as a linear module of the flattened shape. PEFT states (k, 1) for LoHa and LoKr on Conv1d.
@@ -123,7 +124,7 @@ def lora_part(name: str, slots: Mapping[str, str], file: TensorFile, scaling: Sc
     A, B = file.shapes[key_A], file.shapes[key_B]
     where = f"{file.path}: {key_A}"
     mid = slots.get("mid")
-    if mid is not None:
+    if mid is not None and not embedding:
         return _tucker_part(slots, file, scaling)
     dims = (2,) if embedding else (2, 3, 4, 5)
     if len(A) == len(B) > 2 and B[1] and A[0] > B[1] and A[0] % B[1] == 0:
@@ -169,6 +170,22 @@ def finish(part: Part, file: TensorFile) -> Part:
                 got=list(shape),
                 expected=f"one number an output, {m}; magnitudes of the inputs are not supported",
             )
+    return part
+
+
+def checked_use(name: str, slots: Mapping[str, str], part: Part) -> Part:
+    """The part itself once every tensor of the module is found to be used by it.
+
+    Raises:
+        LoraforgeError: The module mixes kinds of factors.
+    """
+    left = set(slots.values()) - {*part.keys, part.bias, part.magnitude}
+    if left:
+        raise LoraforgeError(
+            f"Module '{name}' mixes factors of several kinds",
+            got=", ".join(sorted(slots.values())),
+            expected="the factors of one kind",
+        )
     return part
 
 
@@ -219,12 +236,14 @@ def _pair(name: str, slots: Mapping[str, str], file: TensorFile, sides: tuple[st
     Raises:
         LoraforgeError: One is missing.
     """
-    for have, lack in (sides, sides[::-1]):
-        if have in slots and lack not in slots:
-            raise LoraforgeError(
-                f"Module '{name}' has lora_{have} but no lora_{lack}",
-                where=f"{file.path}: {slots[have]}",
-                expected="both factors",
-                hint="the file is incomplete; save or copy the adapter again",
-            )
-    return slots[sides[0]], slots[sides[1]]
+    missing = [side for side in sides if side not in slots]
+    if not missing:
+        return slots[sides[0]], slots[sides[1]]
+    have = next((side for side in sides if side in slots), None)
+    held = f"has lora_{have} but no lora_{missing[0]}" if have else "has no LoRA factors"
+    raise LoraforgeError(
+        f"Module '{name}' {held}",
+        where=f"{file.path}: {slots[have] if have else ', '.join(slots.values())}",
+        expected="both factors",
+        hint="the file is incomplete; save or copy the adapter again",
+    )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loraforge.adapters.config import PeftSettings
 from loraforge.adapters.formats.experts import expert_parts, parameter_stacks
 from loraforge.adapters.formats.lycoris import LOHA_SLOTS, LOKR_SLOTS, lycoris_part
-from loraforge.adapters.formats.parts import Contents, Part, Slots, lora_part
+from loraforge.adapters.formats.parts import Contents, Part, Slots, checked_use, lora_part
 from loraforge.adapters.formats.spellings import foreign_format, split_key
 from loraforge.adapters.keys import PREFIX, head_module, is_extra, is_safe_name, shorten
 from loraforge.errors import LoraforgeError
@@ -35,11 +34,12 @@ def read_peft(file: TensorFile, settings: PeftSettings) -> Contents:
             if stem in stacks:
                 contents.parts.update(expert_parts(stem, stacks[stem], slots, file, settings))
             else:
-                contents.parts[stem] = _part(stem, slots, file, settings)
+                contents.parts[stem] = checked_use(stem, slots, _part(stem, slots, file, settings))
         except LoraforgeError as problem:
             contents.problems.append(problem)
     if settings.dora:
-        contents.problems += _missing_magnitudes(contents, file)
+        lacking = [name for name, part in contents.parts.items() if part.magnitude is None]
+        contents.problems += missing_magnitudes(lacking, file)
     return contents
 
 
@@ -99,8 +99,6 @@ def _part(stem: str, slots: Mapping[str, str], file: TensorFile, settings: PeftS
         return settings.scaling_of(stem, settings.rank_of(stem) if rank is None else rank)
 
     if _LYCORIS & slots.keys():
-        if not _LYCORIS >= slots.keys() - {"magnitude"}:
-            raise LoraforgeError("A module mixes factors of several kinds", where=stem, got=shorten(slots.values()))
         if len(file.shapes[slots["lokr_w2"]] if "lokr_w2" in slots else ()) == 3:
             raise LoraforgeError(
                 f"LoKr on the Conv1d '{stem}' is not supported where its second factor is full",
@@ -109,13 +107,6 @@ def _part(stem: str, slots: Mapping[str, str], file: TensorFile, settings: PeftS
                 hint="PEFT pairs the axes of such factors otherwise: their update is no Kronecker product of matrices",
             )
         return lycoris_part(stem, slots, file, scaling)
-    if not slots.keys() - {"bias", "magnitude"}:
-        raise LoraforgeError(
-            f"Module '{stem}' has no LoRA factors",
-            where=file.path,
-            got=shorten(slots.values()),
-            expected="both factors",
-        )
     part = lora_part(stem, slots, file, scaling, settings.fan_in_fan_out)
     wanted = settings.rank_of(stem)
     if wanted and part.info.rank != wanted:
@@ -134,16 +125,20 @@ def rank_error(where: str, found: int, wanted: int) -> LoraforgeError:
     )
 
 
-def _missing_magnitudes(contents: Contents, file: TensorFile) -> list[LoraforgeError]:
-    """One problem where use_dora is set and modules lack their magnitude."""
-    lacking = [name for name, part in contents.parts.items() if part.magnitude is None]
-    if not lacking:
+def missing_magnitudes(names: Sequence[str], file: TensorFile) -> list[LoraforgeError]:
+    """One problem where modules lack the magnitude that the configuration promises.
+
+    Args:
+        names: Modules without a magnitude under a configuration with use_dora.
+        file: The file, for messages.
+    """
+    if not names:
         return []
     return [
         LoraforgeError(
             "The adapter uses DoRA, but modules have no magnitude",
             where=file.path,
-            got=shorten(re.sub(r"$", ".lora_magnitude_vector", name) for name in lacking),
+            got=shorten(f"{name}.lora_magnitude_vector" for name in names),
             expected="a magnitude for each module",
             hint="the file is incomplete; save or copy the adapter again",
         )

@@ -13,7 +13,8 @@ from functools import partial
 
 from loraforge.adapters.config import PeftSettings, parse_config
 from loraforge.adapters.formats.lycoris import LOHA_SLOTS, LOKR_SLOTS, lycoris_part
-from loraforge.adapters.formats.parts import Contents, Slots, lora_part
+from loraforge.adapters.formats.parts import Contents, Slots, checked_use, lora_part
+from loraforge.adapters.formats.peft import missing_magnitudes
 from loraforge.adapters.formats.spellings import foreign_format, is_peft_spelling, split_key
 from loraforge.adapters.keys import PREFIX, is_safe_name, shorten
 from loraforge.adapters.names import has_component, is_flat_name, plain_module
@@ -48,12 +49,15 @@ def read_single(file: TensorFile) -> Contents:
         try:
             scaling = partial(_scale, alpha, stem, settings)
             if _LYCORIS & slots.keys():
-                _refuse_mixed(stem, slots)
-                contents.parts[stem] = lycoris_part(stem, slots, file, scaling)
+                part = lycoris_part(stem, slots, file, scaling)
             else:
-                contents.parts[stem] = lora_part(stem, slots, file, scaling, fan_in_fan_out=False)
+                part = lora_part(stem, slots, file, scaling, fan_in_fan_out=False)
+            contents.parts[stem] = checked_use(stem, slots, part)
         except LoraforgeError as problem:
             contents.problems.append(problem)
+    promised = {stem for stem in contents.parts if (stated := settings_of(stem, components)) and stated.dora}
+    lacking = [stem for stem in contents.parts if stem in promised and contents.parts[stem].magnitude is None]
+    contents.problems += missing_magnitudes(lacking, file)
     contents.format = format_of(groups, file)
     if assumed:
         contents.notes.append(
@@ -159,16 +163,3 @@ def _alphas(groups: Mapping[str, Slots], file: TensorFile, contents: Contents) -
             )
         )
     return found
-
-
-def _refuse_mixed(stem: str, slots: Mapping[str, str]) -> None:
-    """Refuses a module with factors of two kinds.
-
-    Raises:
-        LoraforgeError: Naming its keys.
-    """
-    kinds = [set(LOHA_SLOTS), set(LOKR_SLOTS), set(_LORA)]
-    if sum(bool(kind & slots.keys()) for kind in kinds) > 1:
-        raise LoraforgeError(
-            f"Module '{stem}' mixes factors of several kinds", got=shorten(slots.values()), expected="one kind"
-        )

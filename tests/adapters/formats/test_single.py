@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraforge.adapters import open_adapter
+from loraforge.adapters import check_compatible, open_adapter
 from loraforge.errors import InputProblems, LoraforgeError
 
 A, B = torch.randn(3, 5), torch.randn(7, 3)
@@ -21,6 +21,11 @@ UNET, KOHYA = "unet.down_blocks.0.attn1.to_q", "lora_unet_down_blocks_0_attn1_to
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
     save_file({key: value.clone().contiguous() for key, value in tensors.items()}, path, metadata)
     return path
+
+
+ROLE = "unet.x.attn1.processor.to_q_lora"
+OUT, TEXT = "unet.x.processor.to_out_lora", "text_encoder.h.self_attn.to_out_lora"
+MODEL = "model.layers.0.q_proj"
 
 
 @pytest.mark.parametrize(
@@ -34,13 +39,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | N
         (f"{UNET}.lora_A.weight", f"{UNET}.lora_B.weight", UNET, "diffusers"),
         (f"{UNET}.lora_A", f"{UNET}.lora_B", UNET, "diffusers"),
         (f"{UNET}.lora_A.default.weight", f"{UNET}.lora_B.default.weight", UNET, "diffusers"),
-        ("unet.x.attn1.processor.to_q_lora.down.weight", "unet.x.attn1.processor.to_q_lora.up.weight", "unet.x.attn1.to_q", "diffusers"),
-        ("unet.x.processor.to_out_lora.down.weight", "unet.x.processor.to_out_lora.up.weight", "unet.x.to_out.0", "diffusers"),
-        ("text_encoder.h.self_attn.to_out_lora.down.weight", "text_encoder.h.self_attn.to_out_lora.up.weight", "text_encoder.h.self_attn.out_proj", "diffusers"),
-        ("model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight", "model.layers.0.q_proj", "peft"),
+        (f"{ROLE}.down.weight", f"{ROLE}.up.weight", "unet.x.attn1.to_q", "diffusers"),
+        (f"{OUT}.down.weight", f"{OUT}.up.weight", "unet.x.to_out.0", "diffusers"),
+        (f"{TEXT}.down.weight", f"{TEXT}.up.weight", "text_encoder.h.self_attn.out_proj", "diffusers"),
+        (f"{MODEL}.lora_A.weight", f"{MODEL}.lora_B.weight", MODEL, "peft"),
         ("base_model.model.q.lora_A.default.weight", "base_model.model.q.lora_B.default.weight", "q", "peft"),
     ],
-)  # fmt: skip
+)
 def test_spellings(tmp_path: Path, down: str, up: str, module: str, kind: str) -> None:
     adapter = open_adapter(save(tmp_path / "x.safetensors", {down: A, up: B}, {"ss_network_dim": "3"}))
     assert adapter.modules == (module,) and adapter.format == kind
@@ -140,6 +145,10 @@ def test_the_configuration_in_the_metadata(tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": json.dumps(stated)})
     adapter = open_adapter(path)
     assert (adapter.info(UNET).scaling, adapter.info(te).scaling, adapter.notes) == (2.0, 4.0, ())
+    dora = {**stated, "unet.use_dora": True}
+    with pytest.raises(LoraforgeError, match="no magnitude") as caught:
+        open_adapter(save(tmp_path / "z.safetensors", tensors, {"lora_adapter_metadata": json.dumps(dora)}))
+    assert UNET in str(caught.value) and te not in str(caught.value)
     for text in ("{", "[1]"):
         with pytest.raises(LoraforgeError, match="configuration in the file's metadata"):
             open_adapter(save(tmp_path / "y.safetensors", tensors, {"lora_adapter_metadata": text}))
@@ -196,6 +205,16 @@ def test_everything_wrong_comes_together(tmp_path: Path) -> None:
     message = str(caught.value)
     for part in ("'lora_unet_a' has lora_A but no lora_B", "do not fit", "unsupported dtype", "two names", "mixes"):
         assert part in message
+
+
+def test_base_versions_must_agree(tmp_path: Path) -> None:
+    tensors = {f"{KOHYA}.lora_down.weight": A, f"{KOHYA}.lora_up.weight": B}
+    one, two = (
+        open_adapter(save(tmp_path / f"{v}.safetensors", tensors, {"ss_base_model_version": v})) for v in ("v1", "v2")
+    )
+    with pytest.raises(LoraforgeError, match="different base versions"):
+        check_compatible([one, two])
+    assert "v1: v1, v2: v2" in check_compatible([one, two], force=True)[0]
 
 
 def test_real_files_under_two_naming_schemes(data_dir: Path) -> None:
