@@ -1,9 +1,9 @@
 """At which strength the rSVD document compares its merges, against ours on the same pair of adapters.
 
 The document's experiment in shape: two rank-32 PEFT adapters (lora_alpha 16, so scale 1/2) on q_proj 2048 x 1024 and
-v_proj 1024 x 1024, random, columns of B falling off as i^-0.8 as in trained adapters. Its merges are redone here from its
-formulas and its published code: PEFT files carry no `.alpha`, for which rSVD takes r and all others 1; the results are
-loaded as its evaluation does, with scale 16 / k whatever the merge. Ours are written and read back as any consumer does.
+v_proj 1024 x 1024, random, columns of B falling off as i^-0.8 as in trained adapters. Its merges are redone here from
+its formulas and its published code: PEFT files carry no `.alpha`, for which rSVD takes r and all others 1; the results
+are loaded as its evaluation does, with scale 16 / k whatever the merge. Ours are written and read back.
 
 For each: coefficient <M, T> / <T, T> on the true mean T of the two trained updates, cosine, relative error
 ||M - T|| / ||T||, over all modules. A fair comparison of methods has coefficients near 1.
@@ -104,6 +104,7 @@ OURS: dict[str, dict[str, Any]] = {
     "concat": {"method": "concat", "weights": [0.5, 0.5]},
     "weighted-average": {"method": "weighted-average"},
     "geometric-mean": {"method": "geometric-mean"},
+    "geometric-mean, aligned": {"method": "geometric-mean", "params": {"align": True}},
     "svd, rank 32": {"method": "svd", "weights": [0.5, 0.5]},
     "weighted-average, rank 32": {"method": "weighted-average", "rank": 32},
     "rsvd": {"method": "rsvd"},

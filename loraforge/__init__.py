@@ -22,7 +22,6 @@ _PUBLIC = {
     "resize": "loraforge.resizing",
     "convert": "loraforge.conversion",
     "collect_stats": "loraforge.input_stats",
-    "collect_stats": "loraforge.input_stats",
     "merge_stats": "loraforge.input_stats",
     "load_stats": "loraforge.input_stats",
     "open_adapter": "loraforge.adapters",

@@ -89,7 +89,7 @@ def _refuse_checkpoint(path: Path) -> None:
             "The folder holds a full model, not an adapter",
             where=path,
             expected="adapters",
-            hint="loraforge merge MODEL MODEL --base BASE merges full models; extract an adapter to inspect its update",
+            hint="full models can be merged: loraforge merge MODEL MODEL --base BASE --method NAME --out DIR",
         )
 
 

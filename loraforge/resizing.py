@@ -77,9 +77,9 @@ def resize(
         progress: Called with (stage, module, done, total).
 
     Returns:
-        JSON-ready: out, source, rule, modules, rank_max, parameters, parameters_before, relative_error, kept_energy,
-        bytes, dtype, rounding, warnings, and `layers`, one row a module: shape, rank before and after, relative error,
-        kept energy, norm, spectrum. The errors are of the cut; `rounding` is that of the written dtype.
+        JSON-ready, the content of run.json: out, params, adapters, modules, rank_max, parameters, parameters_before,
+        relative_error, kept_energy, dtype, rounding, bytes, seconds, warnings, and `layers`, a row a module. Errors are
+        those of the cut; `rounding` is that of the cast to the written dtype.
 
     Raises:
         LoraforgeError: The source cannot be read, has DoRA magnitudes, or the budget is too small.
@@ -96,6 +96,7 @@ def resize(
     width = max(r.rank or 0 for r in rules.values()) if uniform_rank else 0
     heads = resolve_heads([adapter])
     opening = _opening(adapter, out, rule, budget, width)
+    own = adapter.format if adapter.format in ("kohya", "diffusers") else "peft"
 
     def account(written: WriteReport) -> dict[str, Any]:
         clamped = [] if uniform_rank else _clamped(rule, written.ranks)
@@ -112,7 +113,7 @@ def resize(
             "README.md": lambda written: model_card(account(written)),
         },
         overwrite,
-        format=_format(adapter, format),
+        format=own if format == "auto" else format,
     )
     with writer.session(adapter.modules) as session:
         for done, (module, cut) in enumerate(_cut(adapter, rules), 1):
@@ -136,6 +137,12 @@ def _check_rule(rule: RankRule, budget: int | None, *, uniform_rank: bool) -> No
         raise UsageError(
             "Nothing says which rank the adapter gets",
             expected="--rank, --energy, --nuclear, --ratio, --fro-error, --budget or --max-rank",
+        )
+    if budget is not None and uniform_rank:
+        raise UsageError(
+            "A budget deals out ranks by worth, so it excludes one rank for all modules",
+            got="budget and uniform_rank",
+            expected="one of the two",
         )
     if budget is not None and goals:
         raise UsageError(
@@ -258,9 +265,3 @@ def _clamped(rule: RankRule, ranks: Mapping[str, int]) -> list[str]:
         module for module, k in ranks.items() if rule.rank is not None and k < min(rule.rank, rule.max_rank or k + 1)
     ]
     return [f"rank {rule.rank} is more than {len(low)} modules have: {shorten(low, 3)}"] if low else []
-
-
-def _format(adapter: Adapter, asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return adapter.format if adapter.format in ("kohya", "diffusers") else "peft"

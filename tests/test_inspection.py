@@ -69,6 +69,63 @@ def test_zero_and_unrelated_adapters_have_no_cosine(tmp_path: Path) -> None:
     assert (module["norm"], module["effective_rank"], module["stable_rank"]) == (0.0, 0.0, 0.0)
 
 
+def test_conflicts_are_those_of_the_dense_deltas(tmp_path: Path) -> None:
+    a, b = simple(tmp_path / "a", 1), simple(tmp_path / "b", 2, lora_alpha=-3)
+    found = inspect([a, b])
+    differing, overlaps, dims = 0, np.zeros(2), np.zeros(2)
+    for module in open_adapter(a).modules:
+        D, E = dense(a, module), dense(b, module)
+        differs = np.sign(D) != np.sign(E)
+        assert found["conflict_modules"][module]["sign_conflict"][0][1] == pytest.approx(differs.mean())
+        differing += differs.sum()
+        for side, (X, Y) in enumerate(((D, E), (D.T, E.T))):
+            Q, P = np.linalg.svd(X)[0][:, :4], np.linalg.svd(Y)[0][:, :4]
+            overlaps[side] += ((Q.T @ P) ** 2).sum()
+            dims[side] += 4
+    assert found["sign_conflict"][0][1] == pytest.approx(differing / 60)
+    assert [found[key][0][1] for key in ("overlap_out", "overlap_in")] == pytest.approx(list(overlaps / dims))
+    assert found["sign_conflict"][0][0] == 0.0 and found["overlap_out"][0][0] == pytest.approx(1.0)
+
+
+def test_coverage_kinds_and_energy_ranks(tmp_path: Path) -> None:
+    a = simple(tmp_path / "a", 1)
+    b = simple(tmp_path / "b", 2, modules={"layers.10.q": (6, 4, 5), "layers.11.q": (6, 4, 5)})
+    found = inspect([a, b])
+    assert found["coverage"] == {
+        "modules": 3,
+        "shared_by_all": 1,
+        "kinds": {"linear": 3},
+        "missing": {"a": ["layers.11.q"], "b": ["layers.2.q"]},
+    }
+    entry = found["adapters"][0]
+    assert entry["kinds"] == {"linear": 2} and entry["notes"] == []
+    for module in entry["modules"]:
+        energy = np.cumsum(np.square(module["spectrum"])) / np.square(module["spectrum"]).sum()
+        assert [module["rank_90"], module["rank_99"]] == [int((energy < t).sum()) + 1 for t in (0.9, 0.99)]
+    for key in ("effective_rank", "stable_rank", "rank_90", "rank_99"):
+        assert entry[key] == pytest.approx(np.mean([module[key] for module in entry["modules"]]))
+
+
+def test_names_of_two_formats_meet(data_dir: Path) -> None:
+    """One adapter under the names of two formats is one adapter."""
+    folder = data_dir / "adapters"
+    names = ["sd15-2100-diffusers", "sd15-2100-kohya-noalpha"]
+    if not all((folder / name).exists() for name in names):
+        pytest.skip(f"no such adapters at {folder}")
+    found = inspect([folder / name for name in names])
+    assert [a["format"] for a in found["adapters"]] == ["diffusers", "kohya"]
+    assert found["coverage"]["modules"] == found["coverage"]["shared_by_all"] == 128
+    assert found["cosine"][0][1] == pytest.approx(1.0) and found["sign_conflict"][0][1] == 0.0
+    assert found["adapters"][0]["notes"], "an alpha that is not there is said"
+
+
+def test_a_full_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LoraforgeError, match="full model") as caught:
+        inspect(tmp_path)
+    assert "--base" in str(caught.value.hint)
+
+
 def test_one_path_and_no_path(tmp_path: Path) -> None:
     found = inspect(str(simple(tmp_path / "a")))
     assert len(found["adapters"]) == 1 and found["cosine_modules"] == {}

@@ -125,6 +125,7 @@ def test_heads_biases_and_zero_modules_come_along(tmp_path: Path) -> None:
     "wrong",
     [
         {}, {"min_rank": 2}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"budget": 0}, {"budget": 500, "rank": 2},
+        {"budget": 500, "uniform_rank": True},
         {"ratio": 0.5}, {"rank": 2, "format": "other"}, {"min_rank": 3, "max_rank": 2},
     ],
     ids=str,

@@ -44,10 +44,21 @@ def model_card(report: Mapping[str, Any]) -> str:
         lines.append(f"| {_cell(name)} | {_show(shown)} | `{str(entry.get('sha256', ''))[:16]}` |")
     if report.get("warnings"):
         lines += ["", "## Notes", "", *(f"- {_cell(note)}" for note in report["warnings"])]
-    lines += [
-        "",
-        "## Use",
-        "",
+    lines += ["", "## Use", "", *_use(str(report.get("format") or "peft"))]
+    return "\n".join(lines)
+
+
+def _use(layout: str) -> list[str]:
+    """How to load it, by format."""
+    scale = "Every module has scale 1 (alpha equals the rank). `run.json` holds the whole recipe."
+    if layout != "peft":
+        return [
+            f"The `.safetensors` file is in the spelling of {layout}: load it with any tool for that.",
+            "",
+            scale,
+            "",
+        ]
+    return [
         "```python",
         "from peft import PeftModel",
         "",
@@ -57,7 +68,6 @@ def model_card(report: Mapping[str, Any]) -> str:
         "Every module has scale 1 (`lora_alpha = r`). `run.json` holds the whole recipe.",
         "",
     ]
-    return "\n".join(lines)
 
 
 def _show(value: Any) -> str:

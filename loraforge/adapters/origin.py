@@ -26,7 +26,7 @@ class PeftMeta:
         shapes: Module -> its shape and kind; a module that is not named is a linear one of any size.
         chains: Module -> full names of its adapted parameters, innermost wrapper first.
         metadata: Metadata that all files of tensors share.
-        parts_named: Module names start with a part of a pipeline (`unet.`).
+        parted: Modules whose dotted names start with a part of a pipeline (`unet.`).
     """
 
     base: str | None = None
@@ -36,7 +36,7 @@ class PeftMeta:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     chains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    parts_named: bool = False
+    parted: frozenset[str] = frozenset()
 
     def stacks(self, parameters: Collection[str]) -> dict[str, str]:
         """Name in a PEFT file of the stack of each of these adapted parameters, in the order of `target_parameters`.
@@ -66,8 +66,18 @@ class PeftMeta:
             shapes=_shapes(adapters),
             chains=_chains(adapters),
             metadata={k: v for k, v in first.items() if all(a.metadata.get(k) == v for a in adapters)},
-            parts_named=any(a.format != "peft" for a in adapters),
+            # A name is spelled as in the first adapter; in PEFT's, `transformer.h.0` belongs to a language model.
+            parted=frozenset(name for name, spelling in _spellings(adapters).items() if spelling != "peft"),
         )
+
+
+def _spellings(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Module -> format of the first adapter that has it."""
+    found: dict[str, str] = {}
+    for adapter in adapters:
+        for module in adapter.modules:
+            found.setdefault(module, adapter.format)
+    return found
 
 
 def _shapes(adapters: Sequence[Adapter]) -> dict[str, Shape]:
@@ -120,8 +130,10 @@ def _chains(adapters: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
             # The innermost is the one with the most wrappers in its key.
             order = sorted(found.items(), key=lambda pair: -len(pair[1]))
             chains.setdefault(parent, []).append(tuple(name for name, _ in order))
+    whole: dict[str, tuple[str, ...]] = {}
     for parent, orders in chains.items():
-        if {name for order in orders for name in order} != set(max(orders, key=len)):
+        whole[parent] = max(orders, key=len)
+        if {name for order in orders for name in order} != set(whole[parent]):
             raise LoraforgeError(
                 "The order of adapted parameters in a module cannot be told",
                 where=parent,
@@ -129,4 +141,4 @@ def _chains(adapters: Sequence[Adapter]) -> dict[str, tuple[str, ...]]:
                 expected="one adapter that has all of them (target_parameters)",
                 hint="PEFT's file names them by their order in the model only; merge adapters of the same parameters",
             )
-    return {parent: max(orders, key=len) for parent, orders in chains.items()}
+    return whole

@@ -7,10 +7,10 @@ front (`unet.`, `text_encoder.`); a PEFT folder belongs to one model and names n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from loraforge.adapters.keys import shorten
+from loraforge.adapters.keys import join_alike, shorten
 from loraforge.adapters.vocabulary import restored
 from loraforge.errors import LoraforgeError, raise_problems
 
@@ -38,13 +38,13 @@ class Place(NamedTuple):
     name: str
 
 
-def renamed(modules: Sequence[str], to: str, parts_named: bool = False) -> dict[str, str]:
+def renamed(modules: Sequence[str], to: str, parted: Collection[str] = ()) -> dict[str, str]:
     """Names of modules in the format `to`.
 
     Args:
         modules: Names as the adapters have them; flat ones are known by their prefix.
         to: "peft", "kohya" or "diffusers".
-        parts_named: Dotted names start with their part (`unet.`), as in diffusers files. Without it
+        parted: Those that start with their part (`unet.`) if they have dots, as in diffusers files. Any other
             `transformer.h.0` is a module of a language model.
 
     Returns:
@@ -53,7 +53,7 @@ def renamed(modules: Sequence[str], to: str, parts_named: bool = False) -> dict[
     Raises:
         LoraforgeError: A name cannot be expressed there; several problems come together.
     """
-    places = {name: _place(name, parts_named) for name in modules}
+    places = {name: _place(name, name in parted) for name in modules}
     spell: Callable[[Place], str] = {"peft": _peft, "kohya": _kohya(places), "diffusers": _diffusers}[to]
     if to == "peft":
         _check_one_part(places)
@@ -64,18 +64,18 @@ def renamed(modules: Sequence[str], to: str, parts_named: bool = False) -> dict[
             found[name] = spell(place)
         except LoraforgeError as problem:
             problems.append(problem)
-    raise_problems(problems[:5])
+    raise_problems(join_alike(problems))
     _check_distinct(found, to)
     return found
 
 
-def _place(name: str, parts_named: bool) -> Place:
+def _place(name: str, parted: bool) -> Place:
     flat = _FLAT.fullmatch(name) if "." not in name else None
     if flat is not None:
         part = _PREFIXES[flat[1]]
         # A tool that flattened a name with its part in front wrote the part twice.
         return Place(part, flat[2].removeprefix(f"{part}_"))
-    dotted = _DOTTED.fullmatch(name) if parts_named else None
+    dotted = _DOTTED.fullmatch(name) if parted else None
     return Place(dotted[1], dotted[2]) if dotted is not None else Place(None, name)
 
 
@@ -120,7 +120,7 @@ def _part_by_word(word: str) -> str | None:
 
 def _check_one_part(places: Mapping[str, Place]) -> None:
     """Refuses modules of several parts: a PEFT folder is loaded into one model."""
-    parts = sorted({place.part or "no part" for place in places.values()})
+    parts = sorted({place.part for place in places.values() if place.part is not None})
     if len(parts) > 1:
         raise LoraforgeError(
             "The modules belong to several models, and a PEFT adapter belongs to one",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ class Places:
             able = {name for name, shape in found.items() if shape.kind in ("linear", "conv")}
             found = {name: replace(shape, biased=name in able) for name, shape in found.items()}
         layout.check(found, heads)
-        units = renamed([name for name in modules if found[name].parameter is None], layout.format, meta.parts_named)
+        units = renamed([name for name in modules if found[name].parameter is None], layout.format, meta.parted)
         stacks = meta.stacks({shape.parameter for shape in found.values() if shape.parameter is not None})
         units |= {name: stacks[shape.parameter] for name, shape in found.items() if shape.parameter is not None}
         return cls(layout, dtype, keep_scales, found, {name: units[name] for name in modules}, tuple(stacks))
@@ -155,7 +154,7 @@ class WriteSession:
             OSError: The disk refuses.
             ValueError: The module was not announced, is there already, or has a bias that was not announced.
         """
-        unit = self._places.units[name] if name in self._places.units else None
+        unit = self._places.units.get(name)
         if unit is None or name in self.report.ranks or name in self._waiting.get(unit, {}):
             raise ValueError(f"module {name!r} was not announced or is written already")
         if bias is not None and not self._places.shapes[name].biased:
@@ -171,20 +170,11 @@ class WriteSession:
         """Announced modules that have not been written."""
         return [name for name in self._places.units if name not in self.report.ranks]
 
-    def __enter__(self) -> WriteSession:
-        """The session itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Lets go of the file."""
-        self._stream.__exit__(kind, error, trace)
-
     def _stored(self, name: str, update: LowRank, bias: Tensor | None) -> _Waiting:
         """The factors cast to their dtype, with the rounding that this cost."""
         places = self._places
-        scale = update.scaling if places.keep_scales and places.layout.scales else 1.0
+        # Not 0: kohya's readers take an alpha of 0 for none at all.
+        scale = update.scaling if places.keep_scales and places.layout.scales and update.scaling else 1.0
         exact = LowRank(update.B, update.A) if scale != 1.0 else update
         kinds = (places.dtype or update.B.dtype, places.dtype or update.A.dtype)
         if exact.scaling != 1.0:
@@ -192,18 +182,19 @@ class WriteSession:
             wide = torch.promote_types(torch.promote_types(update.B.dtype, update.A.dtype), torch.float32)
             exact = exact.to(wide).folded()
         B, A = exact.B.detach().to("cpu", kinds[0]), exact.A.detach().to("cpu", kinds[1])
-        for side, factor, given in (("A", A, exact.A), ("B", B, exact.B)):
-            if not is_finite(factor):
+        if bias is not None:
+            bias = bias.detach().to("cpu", kinds[0])
+        for part, factor, given in (("A", A, exact.A), ("B", B, exact.B), ("B.bias", bias, bias)):
+            if factor is not None and given is not None and not is_finite(factor):
                 raise LoraforgeError(
                     "A factor is not finite in the dtype of the output",
-                    where=f"{name}.lora_{side}",
+                    where=f"{name}.lora_{part}",
                     got=f"largest entry {float(given.abs().max()):g} as {str(factor.dtype).removeprefix('torch.')}",
                     expected="finite numbers",
                     hint="write bfloat16 or float32",
                 )
         rounding = {"A": rounding_error(exact.A, A), "B": rounding_error(exact.B, B)}
-        stored = Stored(B, A, scale, None if bias is None else bias.detach().to("cpu", kinds[0]))
-        return _Waiting(stored, rounding)
+        return _Waiting(Stored(B, A, scale, bias), rounding)
 
     def _write(self, unit: str, waiting: Mapping[str, _Waiting]) -> None:
         """Writes the modules of a unit and marks the file."""
@@ -251,6 +242,11 @@ def rounding_error(exact: Tensor, stored: Tensor) -> float:
     """Relative Frobenius error of `stored` against `exact`; 0 where nothing was rounded."""
     if exact.dtype == stored.dtype:
         return 0.0
-    wide = exact.detach().to(device="cpu", dtype=torch.float64)
-    size = float(wide.norm())
-    return float((stored.to(torch.float64) - wide).norm()) / size if size > 0.0 else 0.0
+    wide = exact.detach().to("cpu", torch.promote_types(exact.dtype, torch.float32))
+    size = _norm(wide)
+    # Numbers that near each other are subtracted without rounding.
+    return _norm(wide - stored) / size if size > 0.0 else 0.0
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraforge.cli._places import check_output, check_report, input_paths
-from loraforge.errors import LoraforgeError, UsageError
+from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from loraforge.merging.methods import MethodRow

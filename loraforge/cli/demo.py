@@ -19,6 +19,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Two domains, few steps: shows that all works, says nothing else.")
     ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Fine-tune and merge whole models instead of adapters.")] = False,
     overwrite: opt.Overwrite = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -36,7 +37,7 @@ def demo(
 
         with voice.progress() as progress:
             found = loraforge.run_demo(
-                folder, seed=seed or 0, quick=quick, overwrite=bool(overwrite), progress=progress
+                folder, seed=seed or 0, quick=quick, full=full, overwrite=bool(overwrite), progress=progress
             )
         voice.result(found)
         _print(voice, found)

@@ -171,9 +171,19 @@ def _print_result(voice: Output, request: MergeRequest, report: dict[str, Any]) 
     voice.line(f"written to {request.out}")
     if request.report is not None:
         voice.line(f"report    {request.report}")
-    voice.line("load it:")
-    voice.line("  from peft import PeftModel")
-    voice.line(f'  model = PeftModel.from_pretrained(base_model, "{request.out}")')
+    for line in _how_to_load(request.out):
+        voice.line(line)
+
+
+def _how_to_load(out: Path) -> list[str]:
+    """Two lines of Python where the result is a PEFT adapter or a model folder."""
+    if (out / "adapter_config.json").is_file():
+        code = ["from peft import PeftModel", f'model = PeftModel.from_pretrained(base_model, "{out}")']
+    elif (out / "config.json").is_file():
+        code = ["from transformers import AutoModel", f'model = AutoModel.from_pretrained("{out}")']
+    else:
+        return []
+    return ["load it:", *(f"  {line}" for line in code)]
 
 
 def _shape(shape: list[int]) -> str:

@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from loraforge.merging.methods import MethodRow
 
 # Columns of text that the table with cost and paper needs.
-FULL_WIDTH = 160
+FULL_WIDTH = 190
+# What a method works from, in the order of the tables: group -> title.
+GROUPS = {
+    "adapters": "From the adapters alone",
+    "stats": "Better with input statistics (--stats, from collect-stats)",
+    "calibration": "With the base model and calibration data (--base, --calibration)",
+}
 
 
 def methods(
@@ -32,7 +38,7 @@ def methods(
     out = Output(as_json=json, quiet=quiet, verbose=verbose)
     if name is None:
         out.result([summary(row) for row in METHODS.values()])
-        _print_table(out, list(METHODS.values()))
+        _print_tables(out, list(METHODS.values()))
         return
     row = find_method(name)
     out.result(summary(row))
@@ -43,6 +49,7 @@ def summary(row: MethodRow) -> dict[str, Any]:
     """One method as JSON, with its parameters."""
     from loraforge.cli._settings import settings_of
 
+    least, most = row.counts
     return {
         "name": row.name,
         "title": row.title,
@@ -51,35 +58,101 @@ def summary(row: MethodRow) -> dict[str, Any]:
         "params": [setting.summary() for setting in settings_of(row)],
         "paper": row.paper,
         "cost": row.cost,
-        "default_weight": row.default_weight,
+        "default_weight": row.default_weight if row.weighted else None,
         "aliases": list(row.aliases),
+        "group": group_of(row),
+        "adapters": {"min": least, "max": most},
+        "weighted": row.weighted,
+        "equal_ranks": row.equal_ranks,
+        "checkpoints": row.checkpoints,
+        "stats": row.stats,
+        "post": row.post,
+        "examples": examples(row),
     }
 
 
-def _print_table(out: Output, rows: list[MethodRow]) -> None:
-    headers = ["method", "what it does", "needs", "output rank"]
-    cells = [[_names(row), row.title, row.needs, row.output] for row in rows]
-    if out.verbose or out.has_room(FULL_WIDTH):
-        headers += ["cost a module", "paper"]
-        cells = [[*cell, row.cost, row.paper] for cell, row in zip(cells, rows, strict=True)]
-    out.table(headers, cells)
-    out.line("Cost, paper and parameters of one: loraforge methods NAME")
+def group_of(row: MethodRow) -> str:
+    """What a method works from: a key of GROUPS."""
+    return "stats" if row.stats is not None else row.needs
+
+
+def examples(row: MethodRow) -> list[str]:
+    """Commands that run a method: on adapters, and on full models where it takes them."""
+    letters = "AB" if row.counts[1] == 2 else "ABC"
+    command = f"loraforge merge {' '.join(letters)} --method {row.name}"
+    if row.default_rank == "max":
+        command += " --rank 16"
+    if row.needs == "calibration":
+        command += " --base MODEL" + "".join(f" --calibration {x}={x.lower()}.jsonl" for x in letters)
+    found = [f"{command} --out MERGED"]
+    if row.stats is not None:
+        found.append(command + "".join(f" --stats {x}={x.lower()}.safetensors" for x in letters) + " --out MERGED")
+    if row.checkpoints:
+        models = " ".join(f"MODEL_{x}" for x in letters)
+        found.append(f"loraforge merge {models} --base BASE --method {row.name} --out MERGED_MODEL")
+    return found
+
+
+def _print_tables(out: Output, rows: list[MethodRow]) -> None:
+    """A table for each thing that methods work from."""
+    wide = out.verbose or out.has_room(FULL_WIDTH)
+    headers = ["method", "what it does", "output rank", "adapters", "full models"]
+    headers += ["cost a module", "paper"] if wide else []
+    for group, title in GROUPS.items():
+        members = [row for row in rows if group_of(row) == group]
+        if members:
+            cells = [_cells(row)[: len(headers)] for row in members]
+            out.table(headers, cells, title=title)
+    out.line("\nCost, paper, parameters and an example of one: loraforge methods NAME")
+
+
+def _cells(row: MethodRow) -> list[object]:
+    full = "yes" if row.checkpoints else "-"
+    return [_names(row), row.title, row.output, _count(row), full, row.cost, row.paper]
 
 
 def _print_one(out: Output, row: MethodRow) -> None:
     from loraforge.cli._settings import settings_of
 
     out.line(f"{_names(row)}: {row.title}")
-    weights = "1 each" if row.default_weight == "one" else "1/N each"
-    facts = {"needs": row.needs, "output rank": row.output, "cost a module": row.cost, "paper": row.paper}
-    for label, value in {**facts, "default weights": weights}.items():
+    for label, value in _facts(row).items():
         out.line(f"  {label}: {value}")
     settings = settings_of(row)
-    if not settings:
+    if settings:
+        rows = [[s.name, _default(s.default), " | ".join(map(str, s.choices)) or s.type_name, s.help] for s in settings]
+        out.table(["parameter (--set)", "default", "values", "meaning"], rows)
+    else:
         out.line("  no parameters of its own")
-        return
-    rows = [[s.name, _default(s.default), " | ".join(map(str, s.choices)) or s.type_name, s.help] for s in settings]
-    out.table(["parameter (--set)", "default", "values", "meaning"], rows)
+    out.line("for example")
+    for example in examples(row):
+        out.line(f"  {example}")
+
+
+def _facts(row: MethodRow) -> dict[str, str]:
+    """What to know of a method, by label."""
+    needs = {
+        "adapters": "the adapters alone",
+        "stats": "the adapters; better with input statistics (--stats, one file an adapter)",
+        "calibration": "the base model and calibration data, one set an adapter",
+    }
+    weights = {"one": "1 each", "mean": "1/N each"}[row.default_weight]
+    return {
+        "needs": needs[group_of(row)],
+        "adapters": _count(row) + (", of one rank in each module" if row.equal_ranks else ""),
+        "full models": "yes, against --base" if row.checkpoints else "no",
+        "output rank": row.output,
+        "default weights": weights if row.weighted else "none; --weights is refused",
+        "cost a module": row.cost,
+        "paper": row.paper,
+    }
+
+
+def _count(row: MethodRow) -> str:
+    """How many adapters it takes."""
+    least, most = row.counts
+    if most is None:
+        return "any" if least <= 1 else f"{least} or more"
+    return str(most) if least == most else f"{least} to {most}" if most - least > 1 else f"{least} or {most}"
 
 
 def _names(row: MethodRow) -> str:

@@ -55,28 +55,35 @@ def run_demo(
     methods: Sequence[str] | None = None,
     seed: int = 0,
     quick: bool = False,
+    full: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Trains a base and one adapter a domain, merges the adapters by several methods, measures all, writes a report.
 
     Args:
-        out: Folder of the results: base, adapters, calibration, merged, results.json, picture.png, report.html.
-        methods: Merge methods; default METHODS.
+        out: Folder of the results: base, adapters (or models), calibration, merged, results.json, picture.png,
+            report.html.
+        methods: Merge methods; default METHODS, or FULL_METHODS of loraforge.demo.full.
         seed: Seed of every random draw.
         quick: Two domains and few steps: shows that everything works, says nothing about the methods.
+        full: Fine-tune all weights instead of adapters, and merge full models.
         overwrite: Replace an existing folder.
         progress: Called as (phase, detail, done, total).
 
     Returns:
         {tasks, notes, rows: [{name, kind, accuracies, mean, seconds, bytes, rank, needs}], reports, phases, sizes,
-        seed, quick, plain_accuracy, versions, command, seconds, paths}; accuracies in percent, in the order of tasks.
+        seed, quick, inputs ("adapters" or "models"), plain_accuracy, versions, command, seconds, paths}; accuracies in
+        percent, in the order of tasks.
 
     Raises:
         LoraforgeError: The folder exists and `overwrite` is off.
         UsageError: An unknown method.
     """
-    out, chosen = Path(out), tuple(METHODS if methods is None else methods)
+    from loraforge.demo.full import FULL_METHODS, FullDemo
+
+    default, kind = (FULL_METHODS, FullDemo) if full else (METHODS, DemoRun)
+    out, chosen = Path(out), tuple(default if methods is None else methods)
     rows_of = {name: find_method(name) for name in chosen}
     if out.exists() and not overwrite:
         raise LoraforgeError("the output exists", where=out, hint="choose another folder, or replace it: --overwrite")
@@ -85,21 +92,23 @@ def run_demo(
     # Built beside its place and renamed at the end: a folder of that name is always a whole demo.
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
         work = Path(draft) / out.name
-        results = _Demo(work, out, Recipe().quick() if quick else Recipe(), seed, phases).results(rows_of)
-        results |= {"seed": seed, "quick": quick, "versions": _versions(), "command": _command(seed)}
+        results = kind(work, out, Recipe().quick() if quick else Recipe(), seed, phases).results(rows_of)
+        results |= {"seed": seed, "quick": quick, "versions": _versions(), "command": _command(seed, full)}
         results |= {"phases": phases.seconds, "seconds": time.perf_counter() - start}
         _write(work, results)
         _settle(work, out)
         if out.exists():
             shutil.rmtree(out)
         work.rename(out)
-    names = {"adapters": "adapters", "merged": "merged", "numbers": "results.json", "picture": "picture.png"}
+    names = {kind.kind: kind.kind, "merged": "merged", "numbers": "results.json", "picture": "picture.png"}
     paths = {label: str(out / name) for label, name in (names | {"report": "report.html"}).items()}
     return results | {"paths": paths}
 
 
-class _Demo:
+class DemoRun:
     """One run: `work` is the folder it is built in, `final` the name that the folder gets when it is whole."""
+
+    kind = "adapters"
 
     def __init__(self, work: Path, final: Path, recipe: Recipe, seed: int, phases: _Phases) -> None:
         self.work, self.final, self.recipe, self.seed, self.phases = work, final, recipe, seed, phases
@@ -111,21 +120,21 @@ class _Demo:
     def results(self, methods: dict[str, Any]) -> dict[str, Any]:
         """All phases but the report."""
         base, plain = self._base()
-        single = self._adapters(base)
+        single = self.train_inputs(base)
         with self.phases.of("measure", "base"):
-            rows = [self._row("base", "base", {name: accuracy(base, split) for name, split in self.tests.items()})]
-        size = sum(weight_bytes(self.work / "adapters" / name) for name in self.tests)
-        trained = self.phases.seconds["train adapters"]
-        rows.append(
-            self._row("separate adapters", "adapter", single, seconds=trained, bytes=size, rank=self.recipe.rank)
-        )
+            rows = [self.row("base", "base", {name: accuracy(base, split) for name, split in self.tests.items()})]
+        size = sum(weight_bytes(self.work / self.kind / name) for name in self.tests)
+        trained = self.phases.seconds[f"train {self.kind}"]
+        rank = self.recipe.rank if self.kind == "adapters" else None
+        rows.append(self.row(f"separate {self.kind}", "adapter", single, seconds=trained, bytes=size, rank=rank))
         reports: dict[str, Any] = {}
         for i, (name, method) in enumerate(methods.items()):
             with self.phases.of("merge", name, i, len(methods)):
-                row, reports[name] = self._merge(base, name, method.needs)
+                row, reports[name] = self.merge(base, name, method.needs)
                 rows.append(row)
         return {
             "tasks": list(self.tests),
+            "inputs": self.kind,
             "notes": {d.name: d.what for d in self.domains},
             "rows": rows,
             "reports": reports,
@@ -144,7 +153,7 @@ class _Demo:
             saved.name_or_path = str((self.final / "base").absolute())
             return saved, accuracy(saved, as_pixels(self.test))
 
-    def _adapters(self, base: ViTForImageClassification) -> dict[str, float]:
+    def train_inputs(self, base: ViTForImageClassification) -> dict[str, float]:
         """Trains, saves and measures each adapter on its own domain; writes the calibration files."""
         single: dict[str, float] = {}
         (self.work / "calibration").mkdir(parents=True)
@@ -159,7 +168,8 @@ class _Demo:
                 single |= adapter_accuracies(base, folder, {domain.name: self.tests[domain.name]})
         return single
 
-    def _merge(self, base: ViTForImageClassification, name: str, needs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def merge(self, base: ViTForImageClassification, name: str, needs: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Merges the adapters by one method and measures what was written."""
         folder = self.work / "merged" / name
         given: dict[str, Any] = {}
         if needs == "calibration":
@@ -172,22 +182,23 @@ class _Demo:
         seconds = time.perf_counter() - start
         found = adapter_accuracies(base, folder, self.tests)
         size, rank = weight_bytes(folder), merged.report.get("rank_max")
-        row = self._row(name, "merge", found, seconds=seconds, bytes=size, rank=rank, needs=needs)
-        return row, _relative(merged.report, self.work)
+        row = self.row(name, "merge", found, seconds=seconds, bytes=size, rank=rank, needs=needs)
+        return row, relative(merged.report, self.work)
 
-    def _row(self, name: str, kind: str, found: dict[str, float], **extra: Any) -> dict[str, Any]:
+    def row(self, name: str, kind: str, found: dict[str, float], **extra: Any) -> dict[str, Any]:
+        """A row of the table of results."""
         values = [found[task] for task in self.tests]
         empty = {"seconds": 0.0, "bytes": 0, "rank": None, "needs": None}
         row = {"name": name, "kind": kind, "accuracies": values, "mean": sum(values) / len(values)}
         return row | empty | extra
 
 
-def _relative(value: Any, folder: Path) -> Any:
+def relative(value: Any, folder: Path) -> Any:
     """The report with paths below the demo's folder, which is renamed once it is whole."""
     if isinstance(value, dict):
-        return {key: _relative(item, folder) for key, item in value.items()}
+        return {key: relative(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_relative(item, folder) for item in value]
+        return [relative(item, folder) for item in value]
     return value.replace(f"{folder}{os.sep}", "") if isinstance(value, str) else value
 
 
@@ -203,7 +214,7 @@ def _write(work: Path, results: dict[str, Any]) -> None:
     from loraforge.report.plots import save_png
 
     (work / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    title = f"One adapter for {len(results['tasks'])} tasks: accuracy of each merge"
+    title = f"One {results['inputs'].removesuffix('s')} for {len(results['tasks'])} tasks: accuracy of each merge"
     save_png(lambda: accuracy_chart(results, title), work / "picture.png")
     write_report(work / "report.html", results)
 
@@ -218,5 +229,5 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _command(seed: int) -> str:
-    return "loraforge demo" if seed == 0 else f"loraforge demo --seed {seed}"
+def _command(seed: int, full: bool) -> str:
+    return "loraforge demo" + (" --full" if full else "") + (f" --seed {seed}" if seed else "")

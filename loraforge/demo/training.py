@@ -31,8 +31,10 @@ class Recipe:
         rank: r of every adapter.
         base_epochs: Passes over the plain training images.
         adapter_epochs: Passes over the images of one domain.
+        full_epochs: The same for a model of which all weights are tuned.
         base_rate: Largest learning rate of the base.
         adapter_rate: Largest learning rate of an adapter.
+        full_rate: Largest learning rate where all weights are tuned.
         batch: Images a step.
         domains: Number of domains, from the first.
         train: Training images used.
@@ -46,8 +48,10 @@ class Recipe:
     rank: int = 4
     base_epochs: int = 30
     adapter_epochs: int = 10
+    full_epochs: int = 5
     base_rate: float = 2e-3
     adapter_rate: float = 2e-3
+    full_rate: float = 5e-4
     batch: int = 64
     domains: int = 8
     train: int = 1200
@@ -64,6 +68,8 @@ class Recipe:
             adapter_epochs=4,
             base_rate=4e-3,
             adapter_rate=8e-3,
+            full_epochs=3,
+            full_rate=2e-3,
             domains=2,
             train=640,
             test=200,
@@ -91,7 +97,7 @@ def build_base(recipe: Recipe, seed: int) -> ViTForImageClassification:
 
 def train_base(model: ViTForImageClassification, split: Split, recipe: Recipe, seed: int) -> float:
     """Trains all weights on plain digits, each batch lightly warped and noised; returns the last loss."""
-    return _fit(model, split, recipe.base_epochs, recipe.base_rate, recipe.batch, seed, decay=0.05, augment=True)
+    return fit(model, split, recipe.base_epochs, recipe.base_rate, recipe.batch, seed, decay=0.05, augment=True)
 
 
 def train_adapter(base: ViTForImageClassification, split: Split, recipe: Recipe, seed: int, folder: Path) -> float:
@@ -112,7 +118,7 @@ def train_adapter(base: ViTForImageClassification, split: Split, recipe: Recipe,
     with _seeded(seed), known_warnings():
         config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=linear_modules(base))
         model = get_peft_model(copy.deepcopy(base), config)
-        loss = _fit(model, split, recipe.adapter_epochs, recipe.adapter_rate, recipe.batch, seed)
+        loss = fit(model, split, recipe.adapter_epochs, recipe.adapter_rate, recipe.batch, seed)
         # No embedding is trained, so PEFT has nothing to look up in the base's folder.
         model.save_pretrained(str(folder), save_embedding_layers=False)
     return loss
@@ -123,7 +129,7 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
 
 
-def _fit(
+def fit(
     model: nn.Module,
     split: Split,
     epochs: int,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -89,13 +90,13 @@ def agreement(updates: Sequence[LowRank | None], entries: int = ENTRIES) -> Agre
         parts = [split for i in members if (split := splits[i]) is not None]
         Q, P = _cross([s.Q for s in parts]), _cross([s.P for s in parts])
         U, V = _cross([s.out for s in parts]), _cross([s.into for s in parts])
-        for a, i in enumerate(members):
-            for b, j in enumerate(members):
-                one, other = parts[a], parts[b]
-                inner[i, j] = (one.C * (Q[a][b] @ other.C @ P[b][a])).sum()
-                out[i, j], into[i, j] = U[a][b].square().sum(), V[a][b].square().sum()
-                dims_out[i, j] = min(one.out.shape[1], other.out.shape[1])
-                dims_in[i, j] = min(one.into.shape[1], other.into.shape[1])
+        for (a, i), (b, j) in combinations_with_replacement(enumerate(members), 2):
+            one, other = parts[a], parts[b]
+            inner[i, j] = inner[j, i] = (one.C * (Q[a][b] @ other.C @ P[b][a])).sum()
+            out[i, j] = out[j, i] = U[a][b].square().sum()
+            into[i, j] = into[j, i] = V[a][b].square().sum()
+            dims_out[i, j] = dims_out[j, i] = min(one.out.shape[1], other.out.shape[1])
+            dims_in[i, j] = dims_in[j, i] = min(one.into.shape[1], other.into.shape[1])
         index = torch.tensor(members)
         pairs = (index[:, None], index[None, :])
         shared[pairs] = 1.0

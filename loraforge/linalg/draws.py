@@ -87,13 +87,12 @@ def drop_by_rank(layer: LayerInputs, density: float, epsilon: float, seed: int, 
         rows, n = tile.shape
         ladder = np.linspace(density - epsilon, density + epsilon, n) if n > 1 else np.array([density])
         ladder = ladder.clip(0.0, 1.0)
-        chances = np.empty((rows, n))
-        np.put_along_axis(chances, ascending(tile), np.broadcast_to(ladder, (rows, n)), axis=1)
-        kept = draws[index].draw(start * n, rows * n).reshape(rows, n) < chances * SPAN
-        _keep(tile, kept)
-        if divide:
-            chances[~kept] = 1.0
-            tile.div_(torch.from_numpy(chances).to(device=tile.device, dtype=tile.dtype))
+        gains = 1.0 / np.where(ladder > 0.0, ladder, 1.0) if divide else np.ones(n)
+        order = ascending(tile)
+        uniform = np.take_along_axis(draws[index].draw(start * n, rows * n).reshape(rows, n), order, axis=1)
+        factors = np.empty((rows, n), dtype=np.float32 if tile.dtype == torch.float32 else np.float64)
+        np.put_along_axis(factors, order, np.where(uniform < ladder * SPAN, gains, 0.0), axis=1)
+        tile.mul_(torch.from_numpy(factors).to(tile.device))
 
     return sparsify
 

@@ -91,7 +91,7 @@ def range_basis(B: Tensor, A: Tensor, omega: Tensor, power_iterations: int) -> T
 def project(B: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of Q Q^T B A for orthonormal Q (m, q): U (m, q), S (q,), Vh (q, n)."""
     right, triangle = torch.linalg.qr(A.T @ (B.T @ Q))
-    U, S, Vh = torch.linalg.svd(triangle.T)
+    U, S, Vh = torch.linalg.svd(triangle.T, full_matrices=False)
     return Q @ U, S, Vh @ right.T
 
 

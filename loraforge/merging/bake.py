@@ -26,7 +26,7 @@ from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.merging import options
 from loraforge.merging.job import Progress
 from loraforge.merging.model_folder import ModelFolder, Rounding, add_rows
-from loraforge.merging.placing import Place, find_places, match_names
+from loraforge.merging.placing import Place, find_places, match_tensors
 from loraforge.merging.skeleton import Skeleton, read_skeleton
 from loraforge.storage.stream import save_tensors
 from loraforge.types import Merged
@@ -79,7 +79,7 @@ def bake(
     skeleton = read_skeleton(origin)
     places = find_places(infos, origin, skeleton)
     baking = _Baking(origin, infos, places, _biases(places, adapters, origin))
-    replaced, notes = _head_names(heads, origin)
+    replaced, notes = _head_names(heads, origin, skeleton)
     untied, touched = _untied({*(place.tensor for place in places.values()), *replaced}, origin, skeleton)
     layout = {name: (tuple(t.shape), t.dtype) for name, t in replaced.items()}
     layout |= {name: (origin.shape(source), origin.dtype(source)) for name, source in untied.items()}
@@ -212,7 +212,7 @@ def _untied(changed: set[str], base: Checkpoint, skeleton: Skeleton | None) -> t
         return {}, False
     added: dict[str, str] = {}
     touched = False
-    own = match_names([*skeleton.tied, *skeleton.tied.values()], base.names)
+    own = match_tensors([*skeleton.tied, *skeleton.tied.values()], base, skeleton)
     for shared in sorted(set(skeleton.tied.values())):
         group = [shared, *sorted(name for name, source in skeleton.tied.items() if source == shared)]
         held = {name: own[name][0] for name in group if len(own[name]) == 1}
@@ -222,7 +222,7 @@ def _untied(changed: set[str], base: Checkpoint, skeleton: Skeleton | None) -> t
     return added, touched
 
 
-def _head_names(heads: HeadsPlan, base: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+def _head_names(heads: HeadsPlan, base: Checkpoint, skeleton: Skeleton | None) -> tuple[dict[str, Tensor], list[str]]:
     """Merged heads and whole weights by the base's names, and what there is to say of them.
 
     Raises:
@@ -230,7 +230,7 @@ def _head_names(heads: HeadsPlan, base: Checkpoint) -> tuple[dict[str, Tensor], 
     """
     found: dict[str, Tensor] = {}
     notes: list[str] = []
-    names = match_names(heads.merged, base.names)
+    names = match_tensors(heads.merged, base, skeleton)
     for key, tensor in heads.merged.items():
         if "trainable_tokens" in key or len(names[key]) > 1:
             raise LoraforgeError(

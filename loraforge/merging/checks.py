@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraforge.adapters import Adapter, check_dora, open_adapter
+from loraforge.adapters import Adapter, check_dora, open_adapter, with_common_names
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.merging.row import MethodRow
 
 
 def open_all(adapters: Sequence[str | os.PathLike[str] | Adapter], ignore_unknown: bool = False) -> list[Adapter]:
-    """Opens every adapter that is not open yet.
+    """Opens every adapter that is not open yet; modules of one flat name get the first adapter's spelling.
 
     Raises:
         LoraforgeError: One cannot be read.
     """
-    return [a if isinstance(a, Adapter) else open_adapter(a, ignore_unknown=ignore_unknown) for a in adapters]
+    opened = [a if isinstance(a, Adapter) else open_adapter(a, ignore_unknown=ignore_unknown) for a in adapters]
+    return with_common_names(opened)
 
 
 def check_inputs(row: MethodRow, adapters: Sequence[Any], weights: Sequence[float] | None) -> None:

@@ -48,8 +48,10 @@ class RsvdParams:
         _check_number("energy", self.energy, 0.0, 1.0)
         _check_number("nuclear", self.nuclear, 0.0, 1.0)
         _check_number("ratio", self.ratio, 1.0, math.inf)
-        if self.fro_error != 0:
-            _check_number("fro_error", self.fro_error, 0.0, 1.0)
+        if self.fro_error is not None and (isinstance(self.fro_error, bool) or not 0.0 <= self.fro_error < 1.0):
+            raise UsageError(
+                "parameter 'fro_error' is out of range", got=repr(self.fro_error), expected="0 <= fro_error < 1"
+            )
         _check_choice("exact", self.exact, ("auto", "always", "never"))
         _check_flag("document_compat", self.document_compat)
         goals = [name for name in ("rank", "nuclear", "ratio", "fro_error") if getattr(self, name) is not None]
@@ -64,6 +66,13 @@ class RsvdParams:
         least_rank, most = self.bounds
         if most is not None and least_rank > most:
             raise UsageError("The largest rank is below the smallest", got=f"min_rank={least_rank}, max_rank={most}")
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know of the result."""
+        if not self.document_compat:
+            return None
+        return "document_compat counts alpha twice, weights by norms and depends on the order of the adapters"
 
     @property
     def goal(self) -> dict[str, Any]:
@@ -103,6 +112,16 @@ class GeometricMeanParams:
         _check_flag("align", self.align)
         if self.align and self.variant == "code":
             raise UsageError("align and variant=code exclude each other", expected="one of the two")
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know of the result."""
+        if self.align:
+            return None
+        return (
+            "geometric-mean takes roots of the raw factors entry by entry: the result depends on how each adapter is "
+            "factorised, not on its update alone; --set align=true merges in a basis that all updates share"
+        )
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -34,7 +34,9 @@ def _is_share(value: object) -> bool:
 
 def _check_share(name: str, value: object) -> None:
     if not _is_share(value):
-        raise UsageError(f"parameter '{name}' is out of range", where=name, got=value, expected=f"0 <= {name} <= 1")
+        raise UsageError(
+            f"parameter '{name}' is out of range", where=name, got=repr(value), expected=f"0 <= {name} <= 1"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

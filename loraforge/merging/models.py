@@ -34,6 +34,7 @@ from loraforge.merging.account import merge_report
 from loraforge.merging.job import Job, Progress
 from loraforge.merging.model_folder import ModelFolder, Rounding, add_rows, keep_aside
 from loraforge.merging.row import MethodRow
+from loraforge.merging.skeleton import read_skeleton
 from loraforge.merging.stream import pieces
 from loraforge.merging.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
 
@@ -90,8 +91,8 @@ def merge_models(
         post: Parameters of the flattening, or None.
         dtype: Dtype of the written floating point tensors; auto is the base's own, tensor by tensor.
         device: Where to compute.
-        stats: Input statistics, one file (or mapping of module to vector) a model, by name or in order. A module is a
-            tensor's name without ".weight".
+        stats: Input statistics, one file (or mapping of module to vector) a model, by name or in order. A module is the
+            tensor's name in memory without ".weight".
         on_missing: A tensor that a model lacks: "zero" (its task vector is 0), "present" (averages run over the models
             that have it) or "error".
         shard_bytes: Largest size of one file of the output.
@@ -137,7 +138,7 @@ def merge_models(
         uniform_rank=False,
         progress=progress,
         post=post,
-        stats=_statistics(stats, names, plan.matrices, row),
+        stats=_statistics(stats, names, plan.matrices, row, origin),
         warnings=_notes(names, alignments, resume=resume),
     )
     target = None if dtype == "auto" else options.DTYPES[dtype]
@@ -243,7 +244,11 @@ def _notes(names: Sequence[str], alignments: Sequence[Alignment], *, resume: boo
 
 
 def _statistics(
-    stats: Mapping[str, Any] | Sequence[Any] | None, names: Sequence[str], matrices: Sequence[str], row: MethodRow
+    stats: Mapping[str, Any] | Sequence[Any] | None,
+    names: Sequence[str],
+    matrices: Sequence[str],
+    row: MethodRow,
+    base: Checkpoint,
 ) -> list[dict[str, Tensor]]:
     """Input statistics by tensor name. A lookup table has none: its inputs are indices.
 
@@ -252,7 +257,9 @@ def _statistics(
     """
     if stats is None:
         return []
-    modules = {name: name.removesuffix(".weight") for name in matrices}
+    skeleton = read_skeleton(base)
+    renamed = {} if skeleton is None else skeleton.names
+    modules = {name: renamed.get(name, name).removesuffix(".weight") for name in matrices}
     wanted = [module for module in modules.values() if "embed" not in module.rpartition(".")[2]]
     found = options.load_statistics(row, stats, names, wanted)
     return [{name: one[module] for name, module in modules.items() if module in one} for one in found]

@@ -130,7 +130,7 @@ def post_params(row: MethodRow, params: Any, post: str) -> Any:
     return IsoParams()
 
 
-def check_budget(row: MethodRow, budget: int | None, rule: RankRule) -> int | None:
+def check_budget(row: MethodRow, budget: int | None, rule: RankRule, *, uniform_rank: bool = False) -> int | None:
     """The parameter budget.
 
     Raises:
@@ -142,6 +142,8 @@ def check_budget(row: MethodRow, budget: int | None, rule: RankRule) -> int | No
         raise UsageError("A budget is not a positive whole number", where="budget", got=budget, expected="parameters")
     if row.needs == "calibration":
         raise UsageError("A budget is for data-free methods", got=row.name, hint="use --rank, or resize the result")
+    if uniform_rank:
+        raise UsageError("--uniform-rank pads all modules beyond a --budget", expected="one of the two")
     if not RankRule(min_rank=rule.min_rank) == RankRule(**{**dataclasses.asdict(rule), "max_rank": None}):
         raise UsageError("--budget is a rank rule of its own", hint="it goes with --min-rank and --max-rank only")
     return budget
@@ -187,3 +189,9 @@ def choose_format(asked: str, adapters: Sequence[Adapter]) -> str:
         return asked
     shared = {a.format for a in adapters}
     return shared.pop() if len(shared) == 1 and shared <= {"kohya", "diffusers"} else "peft"
+
+
+def advice(params: Any) -> list[str]:
+    """What the parameters say of themselves that a user should know (their `warning`, where they have one)."""
+    found = getattr(params, "warning", None)
+    return [found] if found else []

@@ -55,9 +55,9 @@ def find_places(modules: Mapping[str, ModuleInfo], base: Checkpoint, skeleton: S
     Raises:
         LoraforgeError: Modules that are absent, ambiguous, quantised or of another shape; all at once.
     """
-    wanted = {module: _tensor_of(module, info) for module, info in modules.items()}
-    found = match_names(wanted.values(), base.names)
     tied = {} if skeleton is None else skeleton.tied
+    wanted = {module: _tensor_of(module, info) for module, info in modules.items()}
+    found = match_tensors(wanted.values(), base, skeleton)
     places: dict[str, Place] = {}
     problems: list[LoraforgeError] = []
     for module, name in wanted.items():
@@ -65,10 +65,10 @@ def find_places(modules: Mapping[str, ModuleInfo], base: Checkpoint, skeleton: S
         source = fits[0] if len(fits) == 1 else None
         own = source
         if not fits and (shared := tied.get(name)) is not None:
-            fits = match_names([shared, *tied.values()], base.names)[shared]
+            fits = match_tensors([shared], base, skeleton)[shared]
             source, own = (fits[0], name) if len(fits) == 1 else (None, None)
         if source is None or own is None:
-            problems.append(_unplaced(module, name, fits, base))
+            problems.append(_unplaced(module, modules[module], name, fits, base))
             continue
         place = _oriented(module, modules[module], Place(own, source), base, skeleton)
         if isinstance(place, LoraforgeError):
@@ -82,6 +82,13 @@ def find_places(modules: Mapping[str, ModuleInfo], base: Checkpoint, skeleton: S
         problems = [*problems[:_SHOWN], LoraforgeError(rest, hint=hint)]
     raise_problems(problems)
     return places
+
+
+def match_tensors(wanted: Iterable[str], base: Checkpoint, skeleton: Skeleton | None) -> dict[str, list[str]]:
+    """The tensors of the base's files that each name can mean, names as in the model in memory or as in the files."""
+    files = {} if skeleton is None else {memory: file for file, memory in skeleton.names.items()}
+    found = match_names(wanted, [*files, *base.names])
+    return {name: sorted({files.get(fit, fit) for fit in fits}) for name, fits in found.items()}
 
 
 def match_names(wanted: Iterable[str], known: Sequence[str]) -> dict[str, list[str]]:
@@ -190,7 +197,7 @@ def _square(module: str, info: ModuleInfo, skeleton: Skeleton | None) -> bool:
     return any(owner == name or owner.endswith(f".{name}") or name.endswith(f".{owner}") for name in known)
 
 
-def _unplaced(module: str, name: str, fits: Sequence[str], base: Checkpoint) -> LoraforgeError:
+def _unplaced(module: str, info: ModuleInfo, name: str, fits: Sequence[str], base: Checkpoint) -> LoraforgeError:
     if fits:
         return LoraforgeError(
             "A module of the adapter fits several tensors of the base",
@@ -205,7 +212,10 @@ def _unplaced(module: str, name: str, fits: Sequence[str], base: Checkpoint) -> 
         where=f"{module} ({base.path})",
         got=f"close names: {', '.join(close) or 'none'}",
         expected=name,
-        hint="give the base that the adapter was trained on, with the tensors under the names of its class",
+        hint="give the base that the adapter was trained on; stacked experts need a base that was saved with "
+        "save_pretrained(..., save_original_format=False)"
+        if info.kind == "expert"
+        else "give the base that the adapter was trained on",
     )
 
 

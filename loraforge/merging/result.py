@@ -64,13 +64,13 @@ class MergeResult:
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     written: WriteReport | None = field(default=None)
 
-    def save(self, out: str | os.PathLike[str], overwrite: bool = False, format: str = "peft") -> Path:  # noqa: A002
+    def save(self, out: str | os.PathLike[str], overwrite: bool = False, format: str | None = None) -> Path:  # noqa: A002
         """Writes an adapter with run.json and a model card; appears whole or not at all.
 
         Args:
             out: Folder to make.
             overwrite: Replace an earlier output.
-            format: "peft", "kohya" or "diffusers".
+            format: "peft", "kohya" or "diffusers"; None for that of the merge.
 
         Raises:
             LoraforgeError: The folder exists, is one of the inputs, or the disk refuses; or the result is on disk.
@@ -82,8 +82,15 @@ class MergeResult:
             )
         if isinstance(self.modules, WrittenModules):
             raise LoraforgeError("This merge is on disk already", where=self.report.get("out"), hint="copy the folder")
+        self.report["format"] = format or self.report.get("format") or "peft"
         writer = AdapterWriter(
-            out, self.adapters, self.dtype, self.heads, side_files(lambda: self.report, out), overwrite, format=format
+            out,
+            self.adapters,
+            self.dtype,
+            self.heads,
+            side_files(lambda: self.report, out),
+            overwrite,
+            format=self.report["format"],
         )
         rows = {layer["module"]: layer for layer in self.report["layers"]}
         with writer.session(list(self.modules)) as session:

@@ -117,7 +117,7 @@ SUMS: tuple[MethodRow, ...] = (
         title="randomized SVD of the weighted mean, through factors",
         needs="adapters",
         output="energy .99, 4 to 32",
-        cost="R (k + 8) (m + n)",
+        cost="(m + n) R (k + 8) (1 + q)",
         paper="Halko et al., 2011, arXiv 0909.4061",
         params="loraforge.merging.document_params:RsvdParams",
         function="loraforge.merging.rsvd:merge_layer",
@@ -190,8 +190,8 @@ SUMS: tuple[MethodRow, ...] = (
         params="loraforge.merging.unit_params:RobustMergeParams",
         function="loraforge.merging.robust_merge:merge_layer",
         gauge=False,
-        lone=None,
-        identical=None,
+        lone={"density": 1.0, "scale": 1.0},
+        identical="mean",
     ),
     MethodRow(
         name="lora-lego",
@@ -272,6 +272,7 @@ SPECTRAL: tuple[MethodRow, ...] = (
         paper="WUDI, ICML 2025, arXiv 2503.08099",
         params="loraforge.merging.spectral_params:WudiParams",
         function="loraforge.merging.wudi:merge_layer",
+        checkpoints=True,
     ),
     MethodRow(
         name="svc",
@@ -282,6 +283,7 @@ SPECTRAL: tuple[MethodRow, ...] = (
         paper="SVC, arXiv 2602.05536",
         params="loraforge.merging.spectral_params:SvcParams",
         function="loraforge.merging.svc:merge_layer",
+        checkpoints=True,
     ),
 )
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError, UsageError
-from loraforge.linalg.factored import norm, stack
-from loraforge.linalg.randomized import Sketch, gaussian, project, randomized_svd, range_basis
+from loraforge.linalg.factored import Truncated, inner, norm, stack
+from loraforge.linalg.randomized import Approximation, Sketch, gaussian, project, randomized_svd, range_basis
 from loraforge.linalg.rank import RankRule
 from loraforge.merging.document_params import RsvdParams
 from loraforge.types import LayerInputs, LowRank
@@ -70,13 +70,18 @@ def _as_the_document(layer: LayerInputs, pairs: list[LowRank], params: RsvdParam
     w = 0.5 if min(sizes) / max(sizes) < 0.5 else sizes[0] / sum(sizes)
     alphas = [pair.scaling * pair.rank for pair in pairs]
     g = (alphas[1] / alphas[0]) ** 0.5 if alphas[0] > 0 and alphas[1] > 0 else 1.0
-    U, S, Vh = _sketch(stack([(w, one), ((1.0 - w) * g, two)]).to(torch.float64), one.rank, two.rank, layer, params)
+    total = stack([(w, one), ((1.0 - w) * g, two)]).to(torch.float64)
+    U, S, Vh = _sketch(total, one.rank, two.rank, layer, params)
     least, most = params.bounds
     shares = S.cumsum(0) / (S.sum() + _EPS)
-    k = int(torch.searchsorted(shares, torch.tensor(params.energy, dtype=S.dtype))) + 1
+    k = int((shares < params.energy).sum()) + 1
     k = min(max(least, k), most or k, S.numel())
     half = (S[:k] + _EPS).sqrt()
-    return LowRank((U[:, :k] * half).to(dtype), (half[:, None] * Vh[:k]).to(dtype))
+    factors = LowRank((U[:, :k] * half).to(dtype), (half[:, None] * Vh[:k]).to(dtype).contiguous())
+    size, kept = inner(total, total), float(S[:k].square().sum())
+    share = min(kept / size, 1.0) if size > 0.0 else 1.0
+    account = Truncated(factors, S, share, max(size - kept, 0.0) ** 0.5, k)
+    return Approximation(factors.B, factors.A, 1.0, account, False)
 
 
 def _sketch(total: LowRank, r1: int, r2: int, layer: LayerInputs, params: RsvdParams) -> tuple[Tensor, Tensor, Tensor]:

@@ -135,9 +135,11 @@ def merge(
 
         checks.refuse_for_models(output_kind, format, heads_from, uniform_rank=uniform_rank, budget=budget)
         report = merge_models(
-            [os.fspath(a) for a in adapters if not isinstance(a, Adapter)], row, parameters, weights=weights, base=base, out=out, rule=rule,
+            [os.fspath(a) for a in adapters if not isinstance(a, Adapter)], row, parameters,
+            weights=weights, base=base, out=out, rule=rule,
             post=options.post_params(row, parameters, post), dtype=dtype, device=place, stats=stats,
-            on_missing=on_missing, overwrite=overwrite, resume=resume, dry_run=dry_run, seed=seed, progress=progress,
+            on_missing=on_missing, overwrite=overwrite, resume=resume, dry_run=dry_run, seed=seed,
+            progress=progress,
         )  # fmt: skip
         return MergeResult({}, report, [], HeadsPlan(), options.DTYPES["float32"])
     opened = checks.open_all(adapters, ignore_unknown)
@@ -162,13 +164,14 @@ def merge(
         uniform_rank=uniform_rank,
         progress=progress,
         post=options.post_params(row, parameters, post),
-        budget=options.check_budget(row, budget, rule),
+        budget=options.check_budget(row, budget, rule, uniform_rank=uniform_rank),
         stats=options.load_statistics(row, stats, names, modules),
         loader=options.choose_loader(opened, base, rule),
-        warnings=[*forced, *heads.notes, *(note for a in opened for note in a.notes)],
+        warnings=[*forced, *heads.notes, *(note for a in opened for note in a.notes), *options.advice(parameters)],
     )
     target = output_dtype(opened) if dtype == "auto" else options.DTYPES[dtype]
-    output = Output(out, overwrite, resume, options.choose_format(format, opened), target, heads, seed, started)
+    layout = options.choose_format(format, opened)
+    output = Output(out, overwrite, resume, layout, target, dtype, heads, seed, started)
     if row.needs == "calibration" or dry_run:
         result = _calibrated(job, output, base, calibration, batch_tokens, template, dry_run=dry_run)
     elif output_kind == "adapter":

@@ -33,6 +33,7 @@ class Output:
         resume: Continue an interrupted run.
         format: "peft", "kohya" or "diffusers".
         dtype: Dtype of the factors.
+        asked_dtype: The user's word for it; "auto" keeps a model in its own.
         heads: What becomes of heads.
         seed: The user's seed.
         started: When the merge began (time.perf_counter).
@@ -43,6 +44,7 @@ class Output:
     resume: bool
     format: str
     dtype: torch.dtype
+    asked_dtype: str
     heads: HeadsPlan
     seed: int | None
     started: float
@@ -62,6 +64,7 @@ def held(
         merged = {name: pad(pair, widest) for name, pair in merged.items()}
         layers = [layer | {"rank": widest} for layer in layers]
     report = merge_report(job, layers, output.seed, time.perf_counter() - output.started) | dict(extra or {})
+    report["format"] = output.format
     return MergeResult(merged, report, job.adapters, output.heads, output.dtype, biases)
 
 
@@ -87,7 +90,8 @@ def to_disk(job: Job, output: Output) -> MergeResult:
 
     def report() -> dict[str, Any]:
         layers = [rows[module] for module in job.modules]
-        return merge_report(job, layers, output.seed, time.perf_counter() - output.started)
+        found = merge_report(job, layers, output.seed, time.perf_counter() - output.started)
+        return found | {"format": output.format}
 
     kept: dict[str, Any] = {}
 
@@ -139,7 +143,7 @@ def _baked(
     from loraforge.merging.bake import bake
 
     found = bake(
-        stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules,
+        stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules, dtype=output.asked_dtype,
         overwrite=output.overwrite, report=report, progress=job.progress,
     )  # fmt: skip
     return MergeResult({}, found, job.adapters, output.heads, output.dtype)

@@ -64,6 +64,13 @@ class IsoParams(_Checked):
                 expected="mean_over=support with average=geo",
             )
 
+    @property
+    def warning(self) -> str | None:
+        """What the user should know of these settings."""
+        if self.alpha != 1.0 or self.target_norm != "none":
+            return None
+        return "alpha=1: the isotropic papers tune the strength on validation data; --set alpha=... or target_norm=..."
+
 
 @dataclass(frozen=True)
 class IsoCtsParams(IsoParams):
@@ -127,6 +134,15 @@ class IasadParams(IsoParams):
             if getattr(self, name) == "auto":
                 object.__setattr__(self, name, value)
         super().__post_init__()  # mean_over is known only now
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know of these settings."""
+        if self.rank_basis == "lora":
+            return super().warning
+        if self.center == "drop-mean":
+            return "center=drop-mean takes the mean off and does not add it back: adapters within the budget give 0"
+        return "rank_basis=budget keeps any delta of rank below the budget as it is: for adapters this equals iso-c"
 
 
 # What `auto` stands for. `document` takes the source document by its word, `published-code` does what its code does.

@@ -22,22 +22,25 @@ _LEVELS = (0.9, 0.99)
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One matrix: its key in the result, what it shows, how it reads, its colours, and the value of no relation."""
+    """One matrix: its key in the result, what it shows, how it reads, its colours, and the value of no relation.
+
+    Attributes:
+        reach: Least span of the colour scale (from `middle`, or from 0), so that noise takes no strong colour.
+    """
 
     key: str
     title: str
     reading: str
     colours: str
     middle: float | None
+    reach: float
 
 
 PANELS = (
-    Panel("cosine", "Cosine of the updates", "1 the same, 0 unrelated, -1 opposite", "PuOr", 0.0),
-    Panel("sign_conflict", "Sign conflict", "share of entries with opposite signs; 0.5 unrelated", "PuOr_r", 0.5),
-    Panel(
-        "overlap_out", "Shared output directions", "overlap of the column spaces of B A; 0 none, 1 all", "Blues", None
-    ),
-    Panel("overlap_in", "Shared input directions", "overlap of the row spaces of B A; 0 none, 1 all", "Blues", None),
+    Panel("cosine", "Cosine of the updates", "1 the same, 0 unrelated, -1 opposite", "PuOr", 0.0, 0.25),
+    Panel("sign_conflict", "Sign conflict", "share of entries of opposite sign; 0.5 unrelated", "PuOr_r", 0.5, 0.1),
+    Panel("overlap_out", "Shared output directions", "overlap of column spaces; 0 none, 1 all", "Blues", None, 0.25),
+    Panel("overlap_in", "Shared input directions", "overlap of row spaces; 0 none, 1 all", "Blues", None, 0.25),
 )
 
 
@@ -45,6 +48,7 @@ PANELS = (
 def conflict_chart(found: Mapping[str, Any]) -> Iterator[Figure]:
     """Four matrices over the adapters: cosine, sign conflict, shared output and input directions."""
     with figure(2 * _side(found), columns=2, rows=2) as (drawn, grid):
+        _loosen(drawn)
         for axes, panel in zip(grid.flat, PANELS, strict=True):
             _matrix(drawn, axes, panel, found)
         yield drawn
@@ -54,6 +58,7 @@ def conflict_chart(found: Mapping[str, Any]) -> Iterator[Figure]:
 def energy_chart(found: Mapping[str, Any]) -> Iterator[Figure]:
     """Kept energy by rank, and singular values against the largest: a line an adapter, the mean over its modules."""
     with figure(4.2, columns=2) as (drawn, both):
+        _loosen(drawn)
         _spectra(drawn, both, found["adapters"])
         yield drawn
 
@@ -67,10 +72,18 @@ def inspection_picture(found: Mapping[str, Any]) -> Iterator[Figure]:
         return
     side = _side(found)
     with figure(2 * side + 3.8, columns=2, rows=3, height_ratios=(side, side, 3.8)) as (drawn, grid):
+        _loosen(drawn)
         for axes, panel in zip(grid[:2].flat, PANELS, strict=True):
             _matrix(drawn, axes, panel, found)
         _spectra(drawn, grid[2], found["adapters"])
         yield drawn
+
+
+def _loosen(drawn: Figure) -> None:
+    """Room around titles and between panels, in inches."""
+    engine = drawn.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.14, h_pad=0.12)  # type: ignore[call-arg]
 
 
 def _side(found: Mapping[str, Any]) -> float:
@@ -87,10 +100,10 @@ def _matrix(drawn: Figure, axes: Axes, panel: Panel, found: Mapping[str, Any]) -
         [math.nan if i == j or value is None else float(value) for j, value in enumerate(row)]
         for i, row in enumerate(found[panel.key])
     ]
-    low, high = _limits([v for row in values for v in row if not math.isnan(v)], panel.middle)
+    low, high = _limits([v for row in values for v in row if not math.isnan(v)], panel)
     places = range(len(names))
     axes.set_facecolor(GRID)
-    mesh = axes.pcolormesh(
+    mesh: Any = axes.pcolormesh(
         [p - 0.5 for p in range(len(names) + 1)], [p - 0.5 for p in range(len(names) + 1)], values,
         cmap=panel.colours, vmin=low, vmax=high, edgecolors=GRID, linewidth=0.6,
     )  # fmt: skip
@@ -113,17 +126,17 @@ def _matrix(drawn: Figure, axes: Axes, panel: Panel, found: Mapping[str, Any]) -
                 axes.text(j, i, _number(value), ha="center", va="center", color=colour, fontsize=_size(len(names)))
 
 
-def _limits(values: Sequence[float], middle: float | None) -> tuple[float, float]:
-    """Ends of the colour scale: from 0, or as far on either side of the middle; never so close that noise has colour."""
-    if middle is None:
-        return 0.0, max([0.05, *values])
-    reach = max([0.05, *(abs(value - middle) for value in values)])
-    return middle - reach, middle + reach
+def _limits(values: Sequence[float], panel: Panel) -> tuple[float, float]:
+    """Ends of the colour scale: from 0, or as far on either side of the middle."""
+    if panel.middle is None:
+        return 0.0, max([panel.reach, *values])
+    reach = max([panel.reach, *(abs(value - panel.middle) for value in values)])
+    return panel.middle - reach, panel.middle + reach
 
 
 def _spectra(drawn: Figure, both: Sequence[Axes], adapters: Sequence[Mapping[str, Any]]) -> None:
     """Two panels of lines and one legend below."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     left, right = both
     for i, adapter in enumerate(adapters):
@@ -131,21 +144,26 @@ def _spectra(drawn: Figure, both: Sequence[Axes], adapters: Sequence[Mapping[str
         if not spectra:
             continue
         count = max(map(len, spectra))
-        look = {"color": COLOURS[i % len(COLOURS)], "linewidth": 1.8, "marker": "o" if count == 1 else None}
+        look: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "linewidth": 1.8,
+            "marker": "o" if count == 1 else None,
+        }
         look["linestyle"] = ("solid", "dashed", "dotted")[i // len(COLOURS) % 3]
         places = list(range(1, count + 1))
         left.plot(places, _mean_energy(spectra, count), label=_short(adapter["name"]), **look)
         right.plot(places, _mean_relative(spectra, count), **look)
     for level in _LEVELS:
         left.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (1.2, 2.4)))
-        left.text(1.0, level, f"{level:.0%} ", transform=left.get_yaxis_transform(), ha="right", va="top", fontsize=8.5)
+        left.annotate(f"{level:.0%}", (0.01, level), (0, -3), xycoords=left.get_yaxis_transform(),
+                      textcoords="offset points", va="top", fontsize=8.5)  # fmt: skip
     for axes, title, label in (
         (left, "Energy that a rank keeps", "share of the squared norm"),
         (right, "Singular values", "against the largest, logarithmic"),
     ):
         axes.set_title(title, fontweight="bold")
         axes.set(xlabel="rank", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
     left.set_ylim(top=1.02)
     right.set_yscale("log")

@@ -27,8 +27,8 @@ RESULTS: dict[str, Any] = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
-    def run_demo(out: Path, *, seed: int, quick: bool, overwrite: bool, progress: Any) -> dict[str, Any]:
-        seen.append({"out": out, "seed": seed, "quick": quick, "overwrite": overwrite})
+    def run_demo(out: Path, *, seed: int, quick: bool, full: bool, overwrite: bool, progress: Any) -> dict[str, Any]:
+        seen.append({"out": out, "seed": seed, "quick": quick, "full": full, "overwrite": overwrite})
         return RESULTS
 
     monkeypatch.setitem(vars(loraforge), "run_demo", run_demo)
@@ -38,11 +38,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_people_read_accuracies_and_places(run: Run, calls: list[dict[str, Any]], tmp_path: Path) -> None:
     result = run("demo", "-o", tmp_path / "demo", "--seed", 3, "--quick")
     assert result.exit_code == 0, result.stderr
-    assert calls == [{"out": tmp_path / "demo", "seed": 3, "quick": True, "overwrite": False}]
+    assert calls == [{"out": tmp_path / "demo", "seed": 3, "quick": True, "full": False, "overwrite": False}]
     lines = [line.split() for line in result.stdout.splitlines()]
     assert ["model", "rotated", "noisy", "mean", "rank", "seconds", "size"] in lines
     assert ["svd", "90", "80", "85", "4", "0.5", "2.0", "KiB"] in lines
     assert ["report", "demo/report.html"] in lines and ["numbers", "demo/results.json"] in lines
+
+
+def test_full_models_are_asked_for(run: Run, calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert run("demo", "-o", tmp_path / "demo", "--full").exit_code == 0
+    assert [call["full"] for call in calls] == [True]
 
 
 def test_json_is_what_the_demo_returns(run: Run, calls: list[dict[str, Any]], tmp_path: Path) -> None:

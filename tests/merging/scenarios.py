@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import loraforge as lf
 from tests.adapters import folders
-from tests.oracles.factored import best_rank_k, relative
+from tests.oracles.factored import best_rank_k, relative, spectrum
 
 Array = NDArray[np.float64]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -160,10 +160,14 @@ class Maker:
         return self.made[name, dtype]
 
 
-def merged(paths: Sequence[Path], method: str, **options: Any) -> dict[str, Array]:
-    """The merged deltas in float64, through the public API."""
-    result = lf.merge(paths, method, **options)
+def deltas_of(result: lf.MergeResult) -> dict[str, Array]:
+    """The merged deltas in float64."""
     return {name: pair.delta(torch.float64).numpy() for name, pair in result.modules.items()}
+
+
+def merged(paths: Sequence[Path], method: str, **options: Any) -> dict[str, Array]:
+    """The deltas of a merge through the public API."""
+    return deltas_of(lf.merge(paths, method, **options))
 
 
 def distances(found: Mapping[str, Array], want: Mapping[str, Array]) -> dict[str, float]:
@@ -173,9 +177,10 @@ def distances(found: Mapping[str, Array], want: Mapping[str, Array]) -> dict[str
 
 
 def excess(found: Mapping[str, Array], want: Mapping[str, Array], s: Scenario) -> dict[str, float]:
-    """How much worse than the best rank-R approximation a rank-R result is, in squared norm relative to the target.
+    """Distance by module of a rank-R result from the best rank-R approximation of what is wanted.
 
-    Where R >= min(m, n) nothing may be lost: the plain distance.
+    That approximation is determined up to rounding times S_1 / (S_R - S_(R+1)), by which the distance is divided; its
+    error is determined without that factor and is compared too. Where R >= min(m, n) nothing may be lost.
     """
     assert set(found) == set(want)
     out = {}
@@ -184,7 +189,13 @@ def excess(found: Mapping[str, Array], want: Mapping[str, Array], s: Scenario) -
         if min(W.shape) == R or not np.any(W):
             out[m] = relative(found[m], W) if np.any(W) else float(np.linalg.norm(found[m]))
             continue
-        assert np.linalg.matrix_rank(found[m], tol=1e-5 * np.linalg.norm(found[m])) <= R
-        lost = np.linalg.norm(found[m] - W) ** 2
-        out[m] = float(abs(lost - best_rank_k(W, R)[1] ** 2) / np.linalg.norm(W) ** 2)
+        best, error = best_rank_k(W, R)
+        S = spectrum(W)
+        lost = abs(np.linalg.norm(found[m] - W) ** 2 - error**2) / np.linalg.norm(W) ** 2
+        out[m] = max(float(lost), relative(found[m], best) * (S[R - 1] - S[R]) / S[0])
     return out
+
+
+def kept_energy(found: Array, want: Array) -> float:
+    """Share of the squared norm that a projection of `want` keeps."""
+    return 1.0 - float(np.linalg.norm(found - want) ** 2 / np.linalg.norm(want) ** 2) if np.any(want) else 1.0

@@ -10,6 +10,7 @@ factors are rounded to float32 (2^-24 = 6e-8 an entry, times sqrt(R) and the gro
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,20 @@ import torch
 import loraforge as lf
 from loraforge.merging.methods import METHODS
 from loraforge.types import Dense, LayerInputs, LowRank
+from tests.adapters import folders
 from tests.merging.oracle_cases import CASES, Case
-from tests.merging.scenarios import SCENARIOS, SHAPES, TOLERANCE, Maker, Scenario, distances, excess, merged
+from tests.merging.scenarios import (
+    SCENARIOS,
+    SHAPES,
+    TOLERANCE,
+    Maker,
+    Scenario,
+    deltas_of,
+    distances,
+    excess,
+    kept_energy,
+    merged,
+)
 from tests.oracles import document, elementwise, iasad, ranks, scalars, spectral
 from tests.oracles.factored import best_rank_k, relative
 
@@ -54,11 +67,16 @@ def test_files_hold_what_the_oracles_see(name: str, scenario: Maker) -> None:
 
 def check(case: Case, s: Scenario, dtype: str, weights: list[float] | None) -> None:
     options = dict(case.options) | ({"params": dict(case.params)} if case.params else {})
-    found = merged(s.paths, case.method, **options, **({"weights": weights} if weights else {}))
+    result = lf.merge(s.paths, case.method, **options, **({"weights": weights} if weights else {}))
+    found = deltas_of(result)
     default = [1.0 if case.default == "one" else 1.0 / s.count] * s.count
     want = case.oracle(s, weights or default)
     away = excess(found, want, s) if case.dense else distances(found, want)
     assert {m: a for m, a in away.items() if not a <= TOLERANCE[dtype]} == {}
+    if case.dense and "post" not in case.options:
+        kept = {layer["module"]: layer["kept_energy"] for layer in result.report["layers"]}
+        true = {m: kept_energy(found[m], want[m]) for m in want}
+        assert kept == pytest.approx(true, abs=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("case", "name"), [pytest.param(c, n, id=f"{c.id} [{n}]") for c in CASES for n in c.where])
@@ -79,6 +97,24 @@ def test_method_with_weights(case: Case, name: str, scenario: Maker) -> None:
     s = scenario(name, "float64")
     weights = list(case.signed or ())[: s.count]
     check(case, s, "float64", [w / sum(weights) for w in weights] if case.shares else weights)
+
+
+def test_a_large_dense_result_is_cut_close_to_the_optimum(tmp_path: Path) -> None:
+    """900 x 800 entries of rank 800 in an adapter of rank 6; the energy that is kept is reported exactly."""
+    generator = torch.Generator().manual_seed(0)
+    paths, deltas = [], []
+    for name in "ab":
+        B = torch.randn(900, 3, generator=generator, dtype=torch.float64)
+        A = torch.randn(3, 800, generator=generator, dtype=torch.float64)
+        tensors = {f"{folders.PREFIX}x.q.lora_B.weight": B, f"{folders.PREFIX}x.q.lora_A.weight": A}
+        paths.append(folders.write_folder(tmp_path / name, tensors, folders.config(r=3, lora_alpha=3)))
+        deltas.append((B @ A).numpy())
+    want = elementwise.ties({"x.q": deltas}, [1.0, 1.0], 0.2)["x.q"]
+    result = lf.merge(paths, "ties")
+    found = deltas_of(result)["x.q"]
+    least = best_rank_k(want, 6)[1] / np.linalg.norm(want)
+    assert least <= relative(found, want) < least * (1.0 + 1e-3)
+    assert result.report["kept_energy"] == pytest.approx(kept_energy(found, want), abs=1e-10)
 
 
 # ---------------------------------------------------------------- rank rules
@@ -118,10 +154,7 @@ def test_budget(share: float, scenario: Maker) -> None:
     want = ranks.budgeted(spectra, budget)
     assert {m: pair.rank for m, pair in result.modules.items()} == want
     assert sum(pair.B.numel() + pair.A.numel() for pair in result.modules.values()) <= budget
-    away = distances(
-        {m: p.delta(torch.float64).numpy() for m, p in result.modules.items()},
-        {m: best_rank_k(W, want[m])[0] for m, W in sums.items()},
-    )
+    away = distances(deltas_of(result), {m: best_rank_k(W, want[m])[0] for m, W in sums.items()})
     assert max(away.values()) < 1e-10
 
 
@@ -167,7 +200,7 @@ def test_rsvd_sketch_is_nearly_the_optimum(scenario: Maker) -> None:
 
 @pytest.mark.parametrize("kinds", [4, 2])
 def test_lora_lego_on_clear_clusters(kinds: int) -> None:
-    """Three adapters whose four units are of 4 or 2 kinds but for 1e-3, factorised differently: kinds are the clusters."""
+    """Three adapters with four units each, of 4 or 2 kinds but for 1e-3, factorised differently: clusters are kinds."""
     rng = np.random.default_rng(0)
     B, A = (np.tile(rng.standard_normal((size, kinds)), 4 // kinds) for size in (12, 9))
     A = A.T

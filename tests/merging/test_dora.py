@@ -14,6 +14,9 @@ from loraforge.linalg.rank import RankRule
 from loraforge.merging.dora import DoraLoader, additive, default_rule, dora_update
 from loraforge.types import Dense, LowRank
 
+# PEFT still reads an attribute that transformers renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 
 def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=23, n_positions=8)), [

@@ -7,17 +7,20 @@ matter of seed, module and adapter alone.
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tests.adapters import folders
 from tests.merging.scenarios import Array, Maker, Scenario, distances, merged
 from tests.oracles import elementwise
 
 Masks = dict[str, list[Array]]
 MODULES = ("block.0.wide", "block.0.tall", "block.1.long", "block.2.square")
-SIZE = {"block.0.wide": 3072, "block.0.tall": 3072, "block.1.long": 3840, "block.2.square": 1600}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,19 @@ def test_dare_masks_belong_to_seed_module_and_adapter(scenario: Maker) -> None:
     assert s.ranks("block.0.wide")[0] >= 48 and s.ranks("block.2.square")[0] >= 40
     for m in ("block.0.wide", "block.2.square"):
         np.testing.assert_allclose(alone[m], s.deltas[m][0] * base[m][0] / 0.5, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("names", [("task", "task-b", "other"), ("task", "task-2", "task")], ids=str)
+def test_dare_does_not_depend_on_the_order_whatever_the_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    """One name can be the beginning of another, and a folder can be given twice."""
+    paths = {}
+    for index, name in enumerate(dict.fromkeys(names)):
+        tensors = folders.factors({"x.q": (12, 10, 10)}, seed=index, dtype=torch.float64)
+        paths[name] = folders.write_folder(tmp_path / name, tensors, folders.config(r=10))
+    orders = [[paths[names[i]] for i in order] for order in itertools.permutations(range(3))]
+    results = [merged(order, "dare", params={"density": 0.5})["x.q"] for order in orders]
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=0, atol=1e-10)
 
 
 def test_dare_masks_have_no_pattern(scenario: Maker) -> None:

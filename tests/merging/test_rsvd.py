@@ -75,7 +75,7 @@ def test_draws_depend_on_seed_and_module_only() -> None:
         {"energy": 0.0}, {"energy": None}, {"energy": 1.5}, {"min_rank": 0}, {"max_rank": 2.5}, {"rank": True},
         {"min_rank": 9, "max_rank": 3}, {"oversampling": -1}, {"power_iterations": 1.5}, {"exact": "maybe"},
         {"seed": -1}, {"document_compat": "yes"}, {"rank": 2, "ratio": 3.0}, {"rank": 2, "document_compat": True},
-        {"nuclear": 2.0}, {"ratio": 1.0}, {"fro_error": 1.5},
+        {"nuclear": 2.0}, {"ratio": 1.0}, {"fro_error": 1.0}, {"fro_error": False},
     ],
     ids=str,
 )  # fmt: skip
@@ -98,13 +98,15 @@ def test_checkpoints_are_refused() -> None:
 # ---------------------------------------------------------------- the document's code
 
 
-def as_published(one: LowRank, two: LowRank, params: RsvdParams) -> tuple[np.ndarray, int]:
-    """The document's rSVD on dense matrices with the draws that ours takes."""
+def as_published(one: LowRank, two: LowRank, params: RsvdParams, *, whole: bool = False) -> tuple[np.ndarray, int]:
+    """The document's rSVD on dense matrices with the draws that ours takes; `whole`: its sum before the cut."""
     W = [pair.delta().numpy() for pair in (one, two)]
     n1, n2 = (np.linalg.norm(w) + 1e-12 for w in W)
     w = 0.5 if min(n1, n2) / max(n1, n2) < 0.5 else n1 / (n1 + n2)
     g = math.sqrt(two.scaling * two.rank / (one.scaling * one.rank))
     total = w * W[0] + (1 - w) * g * W[1]
+    if whole:
+        return total, min(total.shape)
     low, high = params.bounds
     base = int(math.sqrt(one.rank * two.rank))
     q = min(max(low, int(base * params.energy)), *total.shape, high)
@@ -137,6 +139,8 @@ def test_compat_follows_the_published_code(ranks: tuple[int, int], shape: tuple[
         found = merge_layer(LayerInputs("m", pairs, [0.5, 0.5]), params)
         assert found.rank == k and found.scaling == 1.0
         assert oracle.relative(product(found), want) < 1e-10
+        lost = np.linalg.norm(product(found) - as_published(*pairs, params, whole=True)[0])
+        assert account(found).account.error == pytest.approx(lost, rel=1e-6, abs=1e-7) and not found.exact
 
 
 def test_compat_is_seeded_and_takes_two_adapters() -> None:

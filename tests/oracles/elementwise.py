@@ -47,13 +47,10 @@ def elected_mean(D: Sequence[Array]) -> Array:
 
     Yadav et al., arXiv 2306.01708.
     """
-    out = np.zeros_like(D[0])
-    for place in np.ndindex(out.shape):
-        values = [d[place] for d in D]
-        sign = np.sign(sum(values))
-        agreeing = [v for v in values if v != 0.0 and np.sign(v) == sign]
-        out[place] = sum(agreeing) / len(agreeing) if agreeing else 0.0
-    return out
+    values = np.stack(D)
+    elected = np.sign(values.sum(axis=0))
+    agreeing = (np.sign(values) == elected) & (values != 0.0)
+    return (values * agreeing).sum(axis=0) / np.maximum(agreeing.sum(axis=0), 1)
 
 
 def weighed(deltas: Sequence[Array], weights: Sequence[float]) -> list[Array]:
@@ -134,10 +131,13 @@ def breadcrumbs(
 
 
 def knots_blocks(deltas: Sequence[Array | None], weights: Sequence[float]) -> tuple[Array, list[Array]]:
-    """KnOTS: [D_1 .. D_N] = U Sigma [V_1 .. V_N]^T; U (m, p) and the blocks Sigma V_i^T (p, n). arXiv 2410.19735."""
+    """KnOTS: [D_1 .. D_N] = U Sigma [V_1 .. V_N]^T; U (m, p) and the blocks Sigma V_i^T (p, n). arXiv 2410.19735.
+
+    The blocks are taken as U^T D_i, which is the same, and exactly zero for a delta of zero: rounding must not vote.
+    """
     D = weighed(filled(deltas), weights)
-    U, S, Vh = svd(np.concatenate(D, axis=1))
-    return U, np.split(S[:, None] * Vh, len(D), axis=1)
+    U = svd(np.concatenate(D, axis=1))[0]
+    return U, [U.T @ d for d in D]
 
 
 def knots_ties(
@@ -186,13 +186,9 @@ def subset_masks(found: Array, terms: Sequence[Array], tolerance: float) -> list
     Raises:
         AssertionError: An entry is no such sum. With random terms wrong sums do not fit by chance.
     """
-    choices = list(np.ndindex(*(2,) * len(terms)))
-    scale = max(float(np.abs(t).max()) for t in terms)
-    masks = [np.zeros(found.shape) for _ in terms]
-    for place in np.ndindex(found.shape):
-        away = [abs(found[place] - sum(k * t[place] for k, t in zip(c, terms, strict=True))) for c in choices]
-        best = int(np.argmin(away))
-        assert away[best] <= tolerance * scale, f"entry {place} is no sum of kept entries: off by {away[best]:.2e}"
-        for mask, kept in zip(masks, choices[best], strict=True):
-            mask[place] = kept
-    return masks
+    choices = np.array(list(np.ndindex(*(2,) * len(terms))), dtype=np.float64)  # (2^N, N)
+    away = np.abs(found - np.tensordot(choices, np.stack(terms), axes=1))  # (2^N, m, n)
+    best = away.argmin(axis=0)
+    worst = away.min(axis=0).max() / max(float(np.abs(t).max()) for t in terms)
+    assert worst <= tolerance, f"an entry is no sum of kept entries: off by {worst:.2e} of the largest"
+    return list(np.moveaxis(choices[best], -1, 0))

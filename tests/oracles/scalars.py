@@ -95,14 +95,14 @@ def karcher(vectors: Sequence[Array], weights: Sequence[float] | None = None) ->
 def model_stock(vectors: Sequence[Array]) -> Array:
     """t mean_i v_i with t = N c / (1 + (N - 1) c), c = the mean cosine of all pairs (Jang et al., arXiv 2403.19522).
 
-    One vector: itself. Pairs with a zero vector have no cosine and are left out of c. Of c < 0 the derivation has no
-    meaning (t < 0 would be the mean's opposite): t = 0, the base.
+    Pairs with a zero vector have no cosine and are left out of c; without any pair t = 1, so that one vector alone is
+    itself. Of c < 0 the derivation has no meaning (t < 0 would be the mean's opposite): t = 0, the base.
     """
     N = len(vectors)
     mean = np.sum(vectors, axis=0) / N
-    if N == 1:
-        return mean
     pairs = [(a, b) for a, b in itertools.combinations(vectors, 2) if np.any(a) and np.any(b)]
+    if not pairs:
+        return mean
     cosines = [a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]
     c = max(float(np.mean(cosines)), 0.0)
     return N * c / (1.0 + (N - 1) * c) * mean

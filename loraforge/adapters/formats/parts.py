@@ -35,8 +35,8 @@ class ModuleInfo:
         m: Rows of B, the outputs.
         n: Columns of A, the inputs; for a convolution in_channels times the kernel.
         dtype: Dtype of A as stored.
-        fan_in_fan_out: The base layer is a Conv1D of transformers, whose weight is stored (n, m). The configuration says
-            so of all linear modules at once; PEFT passes over it where the layer is an nn.Linear.
+        fan_in_fan_out: The base layer is a Conv1D of transformers, whose weight is stored (n, m). The configuration
+            says so of all linear modules at once; PEFT passes over it where the layer is an nn.Linear.
         kind: "linear", "conv", "embedding" (the base weight is stored (n, m)) or "expert".
         kernel: Kernel of a convolution, () for anything else. LoHa and LoKr without Tucker core do not state it: such a
             convolution reads as a linear module of the flattened shape. PEFT states (k, 1) for LoHa and LoKr on Conv1d.

@@ -198,7 +198,8 @@ def test_everything_wrong_comes_together(tmp_path: Path) -> None:
         "lora_unet_d.lora_up.weight": B,
         "lora_unet_e.lora_up.weight": B,
         "lora_unet_e.lora_down.weight": A,
-        "lora_unet_e.hada_w1_a": A,
+        "lora_unet_e.lora_embedding_A": A,
+        "lora_unet_e.lora_embedding_B": B,
     }
     with pytest.raises(InputProblems) as caught:
         open_adapter(save(tmp_path / "x.safetensors", tensors))
