@@ -20,7 +20,7 @@ from loraforge.demo.training import HEAD, Recipe, fit
 SCALE = 0.3
 SUMS = ("task-arithmetic", "ties", "dare", "dare-ties", "della", "breadcrumbs")
 FULL_METHODS = (
-    "iso-c", "iso-cts", "iso-iasad", "tsv", "ties", "dare-ties", "task-arithmetic", "weighted-average", "karcher", "model-stock",
+    "iso-c", "iso-cts", "tsv", "ties", "dare-ties", "task-arithmetic", "weighted-average", "karcher", "model-stock",
 )  # fmt: skip
 
 

@@ -102,13 +102,9 @@ def draw_keys(paths: Sequence[Path]) -> list[str]:
         others = [other for i, other in enumerate(parts) if i != index and other != own]
         depth = next((d for d in range(1, len(own) + 1) if all(other[-d:] != own[-d:] for other in others)), len(own))
         key = "/".join(own[-depth:])
-        keys.append(f"{key}-{keys_like(keys, key) + 1}" if keys_like(keys, key) else key)
+        earlier = parts[:index].count(own)
+        keys.append(f"{key}-{earlier + 1}" if earlier else key)
     return keys
-
-
-def keys_like(keys: Sequence[str], key: str) -> int:
-    """How many of `keys` are `key` itself or a numbered form of it."""
-    return sum(other == key or other.rpartition("-")[0] == key for other in keys)
 
 
 def are_checkpoints(adapters: Sequence[Any]) -> bool:

@@ -186,7 +186,7 @@ def _cut_row(job: Job, module: str, result: Truncated, *, clamp: bool) -> dict[s
     # A sketch knows the leading values only; what it missed is in the error.
     total = (float(S[:k].square().sum()) + result.error**2) ** 0.5
     notes = job.clamped(module, k) if clamp else []
-    if k < S.numel() and cut_gap(S, k) < GAP and float(S[k]) > 0:
+    if k < S.numel() and cut_gap(S, k) < GAP < float(S[k] / S[0]):
         notes.append(f"{module}: singular values {k} and {k + 1} are equal: which is cut is arbitrary")
     return {
         "module": module,

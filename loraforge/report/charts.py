@@ -34,7 +34,7 @@ def accuracy_chart(results: Mapping[str, Any], title: str | None = None) -> Iter
             middles = [p - s / 2 + (i + 0.5) * w for p, s, w in zip(places, spans, widths, strict=True)]
             axes.bar(middles, heights, [0.9 * w for w in widths], color=COLOURS[i % len(COLOURS)], label=row["name"])
             axes.text(middles[0], heights[0] + 1, f"{heights[0]:.0f}", ha="center", va="bottom", fontsize=9)
-        _reference_lines(axes, rows, places, spans)
+        _reference_lines(axes, rows, places, spans, str(results.get("inputs", "adapters")).removesuffix("s"))
         axes.set_xticks(places, groups)
         axes.get_xticklabels()[0].set_fontweight("bold")
         axes.set(ylim=(0, 103), xlim=(places[0] - 0.8, places[-1] + 0.6), ylabel="accuracy, %")
@@ -47,11 +47,11 @@ def accuracy_chart(results: Mapping[str, Any], title: str | None = None) -> Iter
 
 
 def _reference_lines(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], places: Sequence[float], spans: Sequence[float]
+    axes: Axes, rows: Sequence[Mapping[str, Any]], places: Sequence[float], spans: Sequence[float], kind: str
 ) -> None:
     looks: dict[str, tuple[str, Any]] = {
-        "base": ("base, no adapter", (0, (1.2, 1.2))),
-        "adapter": ("the task's own adapter", "solid"),
+        "base": ("base, no adapter" if kind == "adapter" else "base", (0, (1.2, 1.2))),
+        "adapter": (f"the task's own {kind}", "solid"),
     }
     for row in rows:
         if row["kind"] in looks:

@@ -67,7 +67,7 @@ def cost_table(results: Mapping[str, Any]) -> Table:
         for row in results["rows"]
         if row["kind"] == "merge"
     )
-    return Table(("method", "seconds", "adapter size", "largest rank", "needs"), rows)
+    return Table(("method", "seconds", "size", "largest rank", "needs"), rows)
 
 
 def adapters_table(report: Mapping[str, Any]) -> Table:

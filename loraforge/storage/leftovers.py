@@ -52,9 +52,10 @@ def hold(folder: Path) -> int:
 
     Raises:
         BlockingIOError: Another process holds it.
-        OSError: It cannot be opened.
+        OSError: It cannot be opened, or is a link or a file.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    # Not through a link: what it leads to would be emptied.
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

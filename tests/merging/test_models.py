@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from loraforge.errors import LoraforgeError
+from loraforge.input_stats import collect_stats
 from loraforge.linalg.rank import RankRule
 from loraforge.merging.methods import METHODS, find_method
 from loraforge.merging.models import merge_models
@@ -177,6 +178,28 @@ def test_ties_over_the_whole_model(vits, tmp_path):
         agrees = (np.sign(trimmed) == sign) & (sign != 0)
         expected[key] = weight + (trimmed * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)
     close(loaded(tmp_path / "out"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*calibration:UserWarning")
+def test_input_statistics_by_the_names_in_memory(vits, tmp_path):
+    """The files keep older names of these modules than the model that the statistics were collected on."""
+    generator = torch.Generator().manual_seed(1)
+    stats = []
+    for i in range(2):
+        pixels = torch.rand(8, 1, 8, 8, generator=generator) * (1 + i)
+        save_file({"pixel_values": pixels}, tmp_path / f"data{i}.safetensors")
+        stats.append(tmp_path / f"stats{i}.safetensors")
+        collect_stats(vits / "base", tmp_path / f"data{i}.safetensors", stats[i])
+    models = [vits / "task0", vits / "task1"]
+    # A low-rank part this small leaves the sparse part something to choose by the statistics.
+    values = {"rank_ratio": 0.2, "sparsity": 0.5}
+    merge(vits, tmp_path / "with", "iso-iasad", models, values, stats=stats)
+    merge(vits, tmp_path / "without", "iso-iasad", models, values)
+    a, b = loaded(tmp_path / "with"), loaded(tmp_path / "without")
+    name = "vit.layers.0.attention.q_proj.weight"
+    assert np.abs(a[name] - b[name]).max() > 1e-5
+    with pytest.raises(LoraforgeError, match="statistics"):
+        merge(vits, tmp_path / "out", "task-arithmetic", models, stats=stats)
 
 
 def test_shards_and_bin_give_the_same_bytes(vits, tmp_path):

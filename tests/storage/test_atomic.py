@@ -153,6 +153,20 @@ def test_leftovers_of_any_kind_are_cleared(tmp_path: Path) -> None:
     assert (precious / "file").is_file()
 
 
+def test_a_link_in_the_place_of_the_temporary_folder_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("x")
+    for entry in (tmp_path / ".out.part", tmp_path / ".other.part"):
+        entry.symlink_to(precious) if entry.name == ".out.part" else entry.write_text("x")
+        with (
+            pytest.raises(LoraforgeError, match="could not be written"),
+            new_folder(tmp_path / entry.name[1:].removesuffix(".part")),
+        ):
+            raise AssertionError("not reached")
+        assert entry.exists() and names(precious) == {"file"}
+
+
 def test_killed_at_random_points_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER, str(tmp_path / "out")]
     done = subprocess.run(
