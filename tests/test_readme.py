@@ -80,7 +80,7 @@ def test_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def method_table() -> list[str]:
     """README's table of methods, from the rows of the program."""
-    lines = ["| method | idea | needs | models | output rank | cost a module | paper |", "|---|---|---|---|---|---|---|"]
+    lines = ["| method | idea | needs | models | output rank | cost a module | paper |", "|---" * 7 + "|"]
     for row in METHODS.values():
         paper = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", row.paper)
         needs = "base, calibration" if row.needs == "calibration" else row.needs

@@ -102,7 +102,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise LoraforgeError("The adapter's configuration cannot be read", where=path, got=error) from error
     try:
         config = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoraforgeError(
             "The adapter's configuration is not valid JSON", where=path, got=error, hint="copy the adapter again"
         ) from error

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import ViTForImageClassification
 
 import loraforge
@@ -28,6 +29,15 @@ class FullDemo(DemoRun):
     """One run with full models; the folders "models" and "merged" hold transformers models."""
 
     kind = "models"
+
+    def broaden(self, base: ViTForImageClassification) -> None:
+        """Shows the base a few images of every domain: a weak generalist, as a pre-trained model is.
+
+        On plain digits alone the domains lie so far apart that eight full models share nothing that a merge could keep.
+        """
+        few = [as_pixels(self.train, d, seed=self.seed).head(self.recipe.shown) for d in self.domains]
+        mixed = Split(torch.cat([s.images for s in few]), torch.cat([s.labels for s in few]))
+        fit(base, mixed, self.recipe.shown_epochs, self.recipe.base_rate / 2, self.recipe.batch, self.seed)
 
     def train_inputs(self, base: ViTForImageClassification) -> dict[str, float]:
         """Fine-tunes, saves and measures one model a domain."""

@@ -142,10 +142,14 @@ class DemoRun:
             "sizes": {"train": len(self.train), "test": len(self.test), "calibration": self.recipe.calibration},
         }
 
+    def broaden(self, base: ViTForImageClassification) -> None:
+        """More training of the base than plain digits; none here."""
+
     def _base(self) -> tuple[ViTForImageClassification, float]:
         with self.phases.of("train base"):
             base = build_base(self.recipe, self.seed)
             train_base(base, as_pixels(self.train), self.recipe, self.seed)
+            self.broaden(base)
             base.save_pretrained(str(self.work / "base"))
             # From here on the saved base is used, the one that a merge and a user of the folder see.
             saved = ViTForImageClassification.from_pretrained(str(self.work / "base"), local_files_only=True).eval()

@@ -32,6 +32,8 @@ class Recipe:
         base_epochs: Passes over the plain training images.
         adapter_epochs: Passes over the images of one domain.
         full_epochs: The same for a model of which all weights are tuned.
+        shown: Images of each domain that the base of full models sees.
+        shown_epochs: Passes over them.
         base_rate: Largest learning rate of the base.
         adapter_rate: Largest learning rate of an adapter.
         full_rate: Largest learning rate where all weights are tuned.
@@ -48,10 +50,12 @@ class Recipe:
     rank: int = 4
     base_epochs: int = 30
     adapter_epochs: int = 10
-    full_epochs: int = 5
+    full_epochs: int = 4
+    shown: int = 150
+    shown_epochs: int = 6
     base_rate: float = 2e-3
     adapter_rate: float = 2e-3
-    full_rate: float = 5e-4
+    full_rate: float = 4e-4
     batch: int = 64
     domains: int = 8
     train: int = 1200
@@ -69,6 +73,8 @@ class Recipe:
             base_rate=4e-3,
             adapter_rate=8e-3,
             full_epochs=3,
+            shown=50,
+            shown_epochs=2,
             full_rate=2e-3,
             domains=2,
             train=640,

@@ -36,7 +36,7 @@ def merge_layer(layer: LayerInputs, params: RobustMergeParams) -> Update:
     low = [(w, f) for w, f in layer.present if isinstance(f, LowRank)]
     if len(low) < len(layer.present):
         raise LoraforgeError("robust-merge works on factors, not on full checkpoints", where=layer.module)
-    moving = [(w, f) for w, f in low if bool(f.B.any()) and bool(f.A.any())]
+    moving = [(w, f) for w, f in low if w != 0.0 and bool(f.B.any()) and bool(f.A.any())]
     if not moving:
         return weighted_sum(layer.present)
     pruned = [LowRank(_prune(f.B, params.density), _prune(f.A, params.density), f.scaling) for _, f in moving]

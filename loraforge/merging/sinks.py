@@ -143,7 +143,8 @@ def _baked(
     from loraforge.merging.bake import bake
 
     found = bake(
-        stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules, dtype=output.asked_dtype,
+        stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules,
+        dtype=output.asked_dtype,
         overwrite=output.overwrite, report=report, progress=job.progress,
     )  # fmt: skip
     return MergeResult({}, found, job.adapters, output.heads, output.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraforge.linalg.budget import share_budget
 from loraforge.linalg.factored import Truncated, norm, truncate_many
-from loraforge.linalg.flatten import cut_gap, flatten_update
+from loraforge.linalg.flatten import NULL, cut_gap, flatten_update
 from loraforge.linalg.pool import pool_map
 from loraforge.linalg.randomized import Approximation
 from loraforge.linalg.rank import RankRule
@@ -105,6 +105,9 @@ def _merge(job: Job, window: Sequence[str], context: Any) -> tuple[list[LayerInp
     function = job.row.load_function()
     with job.phase("read"):
         layers = [job.layer(module, context) for module in window]
+        if job.post is not None:
+            # What is flattened lifts small singular values: their sum must not be rounded before.
+            layers = [replace(layer, factors=[f and f.to(torch.float64) for f in layer.factors]) for layer in layers]
     with job.phase("merge"):
         return layers, pool_map(lambda layer: function(layer, job.params), layers)
 
@@ -156,7 +159,7 @@ def _truncate(
     pairs = [update for update in merged if isinstance(update, LowRank)]
     found.update(zip(low, truncate_many(pairs, [rules[i] for i in low]), strict=True))
     rest = [index for index in range(len(merged)) if index not in found]
-    bounds = [sum(f.rank for _, f in layer.present if isinstance(f, LowRank)) for layer in layers]
+    bounds = [_stacked_rank(layer) for layer in layers]
 
     def sketch(index: int) -> Truncated:
         update, rule = merged[index], rules[index]
@@ -168,6 +171,12 @@ def _truncate(
 
     found.update(zip(rest, pool_map(sketch, rest), strict=True))
     return [found[index] for index in range(len(merged))]
+
+
+def _stacked_rank(layer: LayerInputs) -> int:
+    """R of a module: the ranks of the adapters whose delta is not 0."""
+    pairs = [(w, f) for w, f in layer.present if isinstance(f, LowRank)]
+    return sum(f.rank for w, f in pairs if w != 0.0 and bool(f.B.any()) and bool(f.A.any()))
 
 
 def _posted(job: Job, layer: LayerInputs, result: Truncated, *, clamp: bool) -> tuple[LowRank, dict[str, Any]]:
@@ -225,7 +234,15 @@ def _row_norm(update: Merged) -> float:
 
 def _rule_of(job: Job, layer: LayerInputs) -> RankRule:
     """The user's rank rule, or the method's default one."""
+    if job.post is not None and job.rule.is_lossless:
+        return RankRule(ratio=1.0 / NULL[_stored_dtype(job, layer.module)], min_rank=job.rule.min_rank)
     if not job.rule.is_lossless or job.row.default_rank == "full":
         return job.rule
     widest = max(f.rank for _, f in layer.present)
     return RankRule(rank=max(widest, job.rule.min_rank))
+
+
+def _stored_dtype(job: Job, module: str) -> torch.dtype:
+    """float64 where any adapter stores the module so, else float32: what decides what is rounding of the inputs."""
+    stored = {a.info(module).dtype for a in job.adapters if module in a.modules_set}
+    return torch.float64 if torch.float64 in stored else torch.float32

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import re
 import struct
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
@@ -79,14 +80,40 @@ class SafetensorsFile:
         self.shapes: Mapping[str, tuple[int, ...]] = header.shapes
         self.dtypes: Mapping[str, torch.dtype] = header.dtypes
         self.metadata: Mapping[str, str] = header.metadata
+        self._places = header.places
+        self._seen = self._state(path.stat())
 
     def read(self, keys: tuple[str, ...]) -> list[Tensor]:
-        """The tensors of `keys`, mapped from the file."""
+        """The tensors of `keys`, in memory of their own.
+
+        The library would read the whole header again each time, and count mapped pages as this process's memory.
+        """
         try:
-            with safe_open(self.path, framework="pt") as handle:
-                return [handle.get_tensor(key) for key in keys]
-        except (SafetensorError, OSError) as error:
+            with self.path.open("rb", buffering=0) as handle:
+                if self._state(os.fstat(handle.fileno())) != self._seen:
+                    raise damaged(self.path, "another file than when it was opened: it changed meanwhile")
+                return [self._tensor(handle, key) for key in keys]
+        except OSError as error:
             raise damaged(self.path, error) from error
+
+    @staticmethod
+    def _state(found: os.stat_result) -> tuple[int, int]:
+        """What changes when a file is written anew."""
+        return found.st_size, found.st_mtime_ns
+
+    def _tensor(self, handle: RawIOBase, key: str) -> Tensor:
+        start, size = self._places[key]
+        if size == 0:
+            return torch.empty(self.shapes[key], dtype=self.dtypes[key])
+        data = bytearray(size)
+        handle.seek(start)
+        view, done = memoryview(data), 0
+        while done < size:  # one system call gives at most 2 GiB
+            count = handle.readinto(view[done:])
+            if not count:
+                raise damaged(self.path, f"{key}: {done} of {size} bytes; the file changed while it was read")
+            done += count
+        return torch.frombuffer(data, dtype=self.dtypes[key]).view(self.shapes[key])
 
 
 class BinFile:

@@ -54,11 +54,13 @@ class Header:
         shapes: Key -> shape, in the order of the data.
         dtypes: Key -> dtype.
         metadata: The free text of `__metadata__`.
+        places: Key -> first byte and number of bytes in the file.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     metadata: dict[str, str]
+    places: dict[str, tuple[int, int]]
 
 
 def read_header(path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> Header:
@@ -90,7 +92,7 @@ def read_header(path: Path, allowed: Iterable[torch.dtype] = FLOATING) -> Header
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "metadata that are not text")
-    return _checked(path, content, metadata, size - _LENGTH.size - length, frozenset(allowed))
+    return _checked(path, content, metadata, (_LENGTH.size + length, size), frozenset(allowed))
 
 
 def check_regular(path: Path) -> int:
@@ -160,11 +162,15 @@ def ascii_line(reason: object) -> str:
 
 
 def _checked(
-    path: Path, content: dict[str, Any], metadata: dict[str, str], data: int, allowed: frozenset[torch.dtype]
+    path: Path,
+    content: dict[str, Any],
+    metadata: dict[str, str],
+    span: tuple[int, int],
+    allowed: frozenset[torch.dtype],
 ) -> Header:
-    """The header with every entry checked against the `data` bytes that are there."""
+    """The header with every entry checked against the bytes of data that are there, from `span[0]` to `span[1]`."""
     check_names(path, content)
-    header = Header({}, {}, metadata)
+    header = Header({}, {}, metadata, {})
     places: list[tuple[int, int, str]] = []
     for key, entry in content.items():
         dtype, shape, start, stop = _entry(path, key, entry)
@@ -173,14 +179,15 @@ def _checked(
         if stop - start != math.prod(shape) * SIZES[dtype]:
             raise damaged(path, f"{key}: {stop - start} bytes for {dtype} of shape {list(shape)}")
         header.dtypes[key], header.shapes[key] = DTYPES[dtype], shape
+        header.places[key] = (span[0] + start, stop - start)
         places.append((start, stop, key))
     end = 0
     for start, stop, key in sorted(places):
         if start != end:
             raise damaged(path, f"{key}: bytes {start} to {stop}, where {end} is the next free one")
         end = stop
-    if end != data:
-        raise damaged(path, f"{data} bytes of data, {end} are described")
+    if end != span[1] - span[0]:
+        raise damaged(path, f"{span[1] - span[0]} bytes of data, {end} are described")
     return header
 
 

@@ -79,9 +79,10 @@ def test_tensors_are_loaded_when_asked_for(tmp_path: Path) -> None:
     path = simple(tmp_path / "a")
     adapter = open_adapter(path)
     tensors = load_file(path / "adapter_model.safetensors")
-    tensors = {key: value + 1 for key, value in tensors.items()}
-    save_file(tensors, path / "adapter_model.safetensors")
     assert torch.equal(adapter.load("layers.2.q").A, tensors[f"{PREFIX}layers.2.q.lora_A.weight"])
+    save_file({key: value + 1 for key, value in tensors.items()}, path / "adapter_model.safetensors")
+    with pytest.raises(LoraforgeError, match="changed meanwhile"):
+        adapter.load("layers.2.q")
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(LoraforgeError, match="damaged"):
         adapter.load("layers.2.q")

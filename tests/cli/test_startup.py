@@ -30,7 +30,10 @@ def loaded(arguments: list[str], **environment: str) -> set[str]:
     return set(modules)
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["methods"], ["inspect"], ["resize"], ["convert"], ["collect-stats"], ["doctor"], ["demo"]], ids=" ".join)
+COMMANDS = ("merge", "methods", "inspect", "resize", "convert", "collect-stats", "doctor", "demo")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_loads_neither_torch_nor_rich(command: list[str]) -> None:
     modules = loaded([*command, "--help"])
     assert modules.isdisjoint((*HEAVY, "rich", "pydantic"))

@@ -87,7 +87,7 @@ def component_settings(file: TensorFile) -> dict[str, PeftSettings]:
     where = file.path / CONFIGURATION
     try:
         stated = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise LoraforgeError("The configuration in the file's metadata is not JSON", where=where, got=error) from error
     if not isinstance(stated, dict):
         raise LoraforgeError("The configuration in the file's metadata is no JSON object", where=where)
