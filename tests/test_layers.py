@@ -42,8 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 # Files of `merging` that join rooms or hold plain tables, and *_params; every other file there is a method.
 JOINING = {
     "__init__", "methods", "row", "rows", "runner", "result", "account", "checks", "options", "calibrated", "job",
-    "plan", "stream", "sinks", "models", "model_folder", "task_vectors", "bake", "dora",
-    "placing", "skeleton",
+    "plan", "stream", "sinks", "models",
 }  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def choose_loader(adapters: Sequence[Adapter], base: Any, rule: RankRule) -> Loa
     """How modules are read: as they are, or with DoRA turned into an additive update of the base."""
     if not any(a.has_dora for a in adapters):
         return load_plainly
-    from loraforge.merging.dora import DoraLoader
+    from loraforge.merging.models.dora import DoraLoader
 
     return DoraLoader(base)
 

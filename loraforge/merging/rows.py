@@ -153,6 +153,7 @@ SUMS: tuple[MethodRow, ...] = (
         counts=(1, 2),
         weighted=False,
         checkpoints=True,
+        other_tensors="method",
     ),
     MethodRow(
         name="karcher",
@@ -166,6 +167,7 @@ SUMS: tuple[MethodRow, ...] = (
         survey="loraforge.merging.karcher:survey",
         default_weight="mean",
         checkpoints=True,
+        other_tensors="method",
     ),
     MethodRow(
         name="model-stock",
@@ -179,6 +181,7 @@ SUMS: tuple[MethodRow, ...] = (
         survey="loraforge.merging.model_stock:survey",
         default_weight="mean",
         checkpoints=True,
+        other_tensors="method",
     ),
     MethodRow(
         name="robust-merge",

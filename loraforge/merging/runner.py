@@ -131,7 +131,7 @@ def merge(
     checks.check_inputs(row, adapters, weights)
     place = options.choose_device(device)
     if checks.are_checkpoints(adapters):
-        from loraforge.merging.models import merge_models
+        from loraforge.merging.models.merge import merge_models
 
         checks.refuse_for_models(output_kind, format, heads_from, uniform_rank=uniform_rank, budget=budget)
         report = merge_models(

@@ -140,7 +140,7 @@ def result_to_model(job: Job, output: Output, base: Any, result: MergeResult) ->
 def _baked(
     job: Job, output: Output, base: Any, stream: Iterable[tuple[str, Merged, Tensor | None]], report: Any
 ) -> MergeResult:
-    from loraforge.merging.bake import bake
+    from loraforge.merging.models.bake import bake
 
     found = bake(
         stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules,

@@ -32,7 +32,7 @@ from transformers import (
 
 from loraforge.adapters import open_adapter, resolve_heads
 from loraforge.errors import InputProblems, LoraforgeError
-from loraforge.merging.bake import bake
+from loraforge.merging.models.bake import bake
 from loraforge.types import Dense, RowStream
 
 # PEFT still reads an attribute that transformers renamed.

@@ -25,9 +25,9 @@ from loraforge.checkpoints import SHARD_BYTES, Checkpoint, ModelReport, open_che
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.merging import options
 from loraforge.merging.job import Progress
-from loraforge.merging.model_folder import ModelFolder, Rounding, add_rows
-from loraforge.merging.placing import Place, find_places, match_tensors
-from loraforge.merging.skeleton import Skeleton, read_skeleton
+from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows
+from loraforge.merging.models.placing import Place, find_places, match_tensors
+from loraforge.merging.models.skeleton import Skeleton, read_skeleton
 from loraforge.storage.stream import save_tensors
 from loraforge.types import Merged
 

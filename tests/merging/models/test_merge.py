@@ -16,9 +16,9 @@ from loraforge.errors import LoraforgeError
 from loraforge.input_stats import collect_stats
 from loraforge.linalg.rank import RankRule
 from loraforge.merging.methods import METHODS, find_method
-from loraforge.merging.models import merge_models
+from loraforge.merging.models.merge import merge_models
+from loraforge.merging.models.task_vectors import matrix_shape
 from loraforge.merging.options import post_params
-from loraforge.merging.task_vectors import matrix_shape
 
 TASKS = 8
 ROWS = sorted(name for name, row in METHODS.items() if row.checkpoints)
@@ -340,7 +340,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from loraforge.merging.methods import find_method
-from loraforge.merging.models import merge_models
+from loraforge.merging.models.merge import merge_models
 place, count = Path(sys.argv[1]), sys.argv[2]
 row = find_method("task-arithmetic")
 models = [place / f"{name}{count}.safetensors" for name in "abcd"]

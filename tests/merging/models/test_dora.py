@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from loraforge.adapters import open_adapter
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.rank import RankRule
-from loraforge.merging.dora import DoraLoader, additive, default_rule, dora_update
+from loraforge.merging.models.dora import DoraLoader, additive, default_rule, dora_update
 from loraforge.types import Dense, LowRank
 
 # PEFT still reads an attribute that transformers renamed.

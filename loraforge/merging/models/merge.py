@@ -32,11 +32,11 @@ from loraforge.linalg.rank import RankRule
 from loraforge.merging import checks, options
 from loraforge.merging.account import merge_report
 from loraforge.merging.job import Job, Progress
-from loraforge.merging.model_folder import ModelFolder, Rounding, add_rows, keep_aside
+from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows, keep_aside
+from loraforge.merging.models.skeleton import read_skeleton
+from loraforge.merging.models.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
 from loraforge.merging.row import MethodRow
-from loraforge.merging.skeleton import read_skeleton
 from loraforge.merging.stream import pieces
-from loraforge.merging.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
 
 # The published code takes no singular value decomposition of these; the isotropic family follows it.
 NOT_A_MATRIX = "text_projection"

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from loraforge.adapters.formats.parts import ModuleInfo
 from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError
-from loraforge.merging.placing import find_places, match_names
-from loraforge.merging.skeleton import Skeleton
+from loraforge.merging.models.placing import find_places, match_names
+from loraforge.merging.models.skeleton import Skeleton
 
 
 def info(m, n, **more):

@@ -24,12 +24,14 @@ class MatrixInfo:
         scaling: 1.
         m: Rows.
         n: Columns.
+        dtype: Dtype of the task vector: float64 where it is stored so, else float32.
     """
 
     rank: int
     scaling: float
     m: int
     n: int
+    dtype: torch.dtype
 
 
 class BaseWeights:
@@ -86,7 +88,8 @@ class TaskVectors:
     def info(self, module: str) -> MatrixInfo:
         """Rank and shape of a tensor seen as a matrix."""
         m, n = matrix_shape(self._base.checkpoint.shape(module))
-        return MatrixInfo(min(m, n), 1.0, m, n)
+        wide = self._base.checkpoint.dtype(module) == torch.float64
+        return MatrixInfo(min(m, n), 1.0, m, n, torch.float64 if wide else torch.float32)
 
     def load(self, module: str) -> Dense:
         """The task vector of a tensor as a matrix."""

@@ -12,7 +12,7 @@ from loraforge.adapters.formats.parts import ModuleInfo
 from loraforge.adapters.names import flat, is_flat_name
 from loraforge.checkpoints import Checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
-from loraforge.merging.skeleton import Skeleton, read_skeleton
+from loraforge.merging.models.skeleton import Skeleton, read_skeleton
 
 _SHOWN = 10
 

@@ -33,7 +33,7 @@ from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.rank import RankRule
 from loraforge.linalg.sketch import low_rank
-from loraforge.merging.placing import BaseMatrices
+from loraforge.merging.models.placing import BaseMatrices
 from loraforge.types import Dense, LowRank
 
 ENERGY = 0.99
