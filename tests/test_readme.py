@@ -68,7 +68,8 @@ def test_commands_run(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     if "--out" in arguments:
-        assert (desk / arguments[arguments.index("--out") + 1] / "adapter_model.safetensors").is_file()
+        out = desk / arguments[arguments.index("--out") + 1]
+        assert out.is_file() or list(out.glob("*.safetensors"))
 
 
 def test_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from loraforge.checkpoints.alignment import Alignment, align
 from loraforge.checkpoints.card import full_model_card
-from loraforge.checkpoints.checkpoint import Checkpoint, looks_like_checkpoint, open_checkpoint
+from loraforge.checkpoints.checkpoint import Checkpoint
+from loraforge.checkpoints.opening import looks_like_checkpoint, open_checkpoint
 from loraforge.checkpoints.writer import SHARD_BYTES, ModelReport, ModelWriter, copy_config, dtype_change
 
 __all__ = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,14 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # Under these keys training scripts nest the tensors beside epoch, optimiser and the like.
 _NESTED = ("state_dict", "model_state_dict", "model")
 _WRAPPER = "module."  # DistributedDataParallel's
+# Bytes read from a mapped file until it is mapped anew: the pages that were read count as this process's memory, and
+# every mapping costs the time of all names.
+REMAP_BYTES = 2**28
+# What torch's loader raises on bytes that no torch.save wrote.
+_UNREADABLE = (
+    RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, ImportError,
+    AssertionError, MemoryError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class PickleShard:
@@ -38,29 +48,37 @@ class PickleShard:
         self.path = path
         self.metadata: Mapping[str, str] = {}
         self._mapped = zipfile.is_zipfile(path)
-        tensors = self._load()
-        self._whole = None if self._mapped else tensors
+        self._tensors = tensors = self._load()
+        self._read = 0
         check_names(path, tensors)
         for name, tensor in tensors.items():
             if tensor.dtype not in STORED:
                 raise dtype_error(path, name, str(tensor.dtype), STORED)
-            if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+            if not plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
                 raise damaged(path, f"{name} claims more than the file holds")
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes: Mapping[str, torch.dtype] = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def read(self, keys: tuple[str, ...]) -> list[Tensor]:
         """The tensors of `keys`, as stored."""
-        tensors = self._whole if self._whole is not None else self._load()
         # Copies: a view would keep the whole file mapped.
-        return [tensors[key].clone() for key in keys]
+        found = [self._tensors[key].clone() for key in keys]
+        self._read += sum(tensor.nbytes for tensor in found)
+        if self._mapped and self._read >= REMAP_BYTES:
+            self._tensors, self._read = {}, 0  # let go of the old pages first
+            self._tensors = self._load()
+        return found
 
     def _load(self) -> dict[str, Tensor]:
         path = self.path
         try:
             if self._mapped:
                 _check_archive(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            with warnings.catch_warnings():
+                # What it cannot read it refuses; that it read another protocol well is no news.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError as error:
             raise LoraforgeError(
                 f"The {path.suffix} file is damaged or holds objects other than tensors, which could run code",
@@ -68,7 +86,7 @@ class PickleShard:
                 expected="a dictionary of tensors",
                 hint="ask for the model as .safetensors",
             ) from error
-        except (RuntimeError, OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise damaged(path, error) from error
         found = _unwrap(content)
         if not found or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):

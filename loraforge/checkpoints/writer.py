@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +59,9 @@ class ModelWriter:
         """
         if shard_bytes < 1:
             raise LoraforgeError("The shard size is not positive", got=shard_bytes, expected="bytes, 1 or more")
+        for name, (_, dtype) in layout.items():
+            if dtype not in _NAMES:
+                raise LoraforgeError("A safetensors file cannot hold this dtype", where=name, got=dtype)
         self._layout, self._left = dict(layout), set(layout)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +71,11 @@ class ModelWriter:
         self.files = tuple(names if total > 1 else ["model.safetensors"])
         self._places: dict[str, tuple[int, int]] = {}
         self._handles: list[BinaryIO] = []
-        for number, group in enumerate(groups):
-            self._begin(number, group)
+        with ExitStack() as opened:
+            for number, group in enumerate(groups):
+                self._handles.append(opened.enter_context((folder / self.files[number]).open("wb")))
+                self._begin(number, group)
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         """The writer itself."""
@@ -78,8 +85,7 @@ class ModelWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Closes the files; what is unfinished belongs to a folder that is thrown away."""
-        for handle in self._handles:
-            handle.close()
+        self._opened.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Puts a tensor in its place, cast to the layout's dtype.
@@ -119,20 +125,17 @@ class ModelWriter:
         return ModelReport(self.files, size, parameters)
 
     def _begin(self, number: int, group: list[str]) -> None:
-        """Makes a shard's file with its header and full length."""
+        """Gives a shard's file its header and full length."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         starts, end = {}, 0
         # Wide dtypes first: a tensor then starts at a multiple of its own item size, which mapped readers need.
         for name in sorted(group, key=lambda n: -self._layout[n][1].itemsize):
             shape, dtype = self._layout[name]
-            if dtype not in _NAMES:
-                raise LoraforgeError("A safetensors file cannot hold this dtype", where=name, got=dtype)
             starts[name], begin, end = end, end, end + _size(shape, dtype)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        handle = (self.folder / self.files[number]).open("wb")
-        self._handles.append(handle)
+        handle = self._handles[number]
         handle.write(len(text).to_bytes(8, "little") + text)
         handle.truncate(8 + len(text) + end)
         for name, start in starts.items():

@@ -169,15 +169,20 @@ def match_names(wanted: Sequence[str], known: Collection[str]) -> dict[str, str]
     found = {name: name for name in wanted if name in there}
     # A checkpoint's name of a weight means its module.
     found |= {n: n.removesuffix(".weight") for n in wanted if n not in there and n.removesuffix(".weight") in there}
+    absent = [name for name in wanted if name not in found]
+    ends: dict[str, list[str]] = {}
+    for other in there if absent else ():
+        parts = other.split(".")
+        for i in range(1, len(parts)):
+            ends.setdefault(".".join(parts[i:]), []).append(other)
     ways: dict[tuple[str, str], dict[str, str]] = {}
-    for name in (name for name in wanted if name not in found):
+    for name in absent:
         parts = name.split(".")
         for i in range(1, len(parts)):
             if (tail := ".".join(parts[i:])) in there:
                 ways.setdefault(("strip", ".".join(parts[:i])), {})[name] = tail
-        for other in there:
-            if other.endswith(f".{name}"):
-                ways.setdefault(("add", other[: -len(name) - 1]), {})[name] = other
+        for other in ends.get(name, ()):
+            ways.setdefault(("add", other[: -len(name) - 1]), {})[name] = other
     best = Counter({way: len(fits) for way, fits in ways.items()}).most_common(2)
     # Two prefixes that fit equally many names leave open which is meant.
     if best and (len(best) == 1 or best[0][1] > best[1][1]):

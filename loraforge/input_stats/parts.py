@@ -66,6 +66,10 @@ def _check_parts(abouts: Sequence[Mapping[str, Any]], files: Sequence[tuple[Safe
     first, first_path = abouts[0], files[0][0].path
     problems = []
     for file, about in files:
+        if "done" in about:  # it holds sums, not means, and not of all batches
+            hint = "let its run come to an end: the same command with --resume"
+            problems.append(LoraforgeError("a part is the state of an unfinished run", where=file.path, hint=hint))
+            continue
         for key, what in _ALIKE.items():
             one, other = (a["base"]["sha256"] if key == "base" else a[key] for a in (files[0][1], about))
             if one != other:

@@ -50,11 +50,13 @@ def run_batches(
         return len(batches)
     start = _take_up(sums, saved, about, resume=resume, overwrite=overwrite)
     last, pause = time.monotonic(), SAVE_SECONDS
+    samples = sum(len(batch.indices) for batch in batches[:start])
     for done, batch in enumerate(batches[start:], start + 1):
         with _forgotten_if_refused(saved):
             sums.add(batch)
+        samples += len(batch.indices)
         if progress is not None:
-            progress("collect", f"{sum(len(b.indices) for b in batches[:done])} samples", done, len(batches))
+            progress("collect", f"{samples} samples", done, len(batches))
         if done < len(batches) and time.monotonic() - last >= pause:
             began = time.monotonic()
             state = {name: total.cpu() for name, total in sums.sums.items()}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loraforge.report.agreement_charts import conflict_chart, energy_chart, inspection_picture
-from loraforge.report.page import fold, page, points, section, table, text, write_page
+from loraforge.report.page import fold, page, points, section, table, text, whole_file, write_page
 from loraforge.report.plots import save_png, svg
 from loraforge.report.tables import Table, format_bytes
 
@@ -49,13 +47,8 @@ def write_inspection_report(path: Path, found: Mapping[str, Any]) -> Path:
 
 def save_inspection_picture(path: Path, found: Mapping[str, Any]) -> Path:
     """Draws conflicts and spectra as a PNG that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with whole_file(path) as draft:
         save_png(partial(inspection_picture, found), draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

@@ -164,3 +164,46 @@ def test_looks_like_checkpoint(tmp_path):
     assert not looks_like_checkpoint(adapter / "adapter_model.safetensors")
     assert not looks_like_checkpoint(other)
     assert not looks_like_checkpoint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "key", ["unet.to_q.lora.{}.weight", "unet.to_q_lora.{}.weight", "lora_unet_to_q.lora_{}.weight"]
+)
+def test_a_file_of_factors_is_no_model(tmp_path, key):
+    file = tmp_path / "adapter.safetensors"
+    save_file({key.format("down"): torch.ones(2, 4), key.format("up"): torch.ones(4, 2)}, file)
+    assert not looks_like_checkpoint(file)
+
+
+def test_a_file_without_tensors(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(LoraforgeError, match="no tensors"):
+        open_checkpoint(tmp_path / "empty.safetensors")
+
+
+def test_indices_are_not_copied(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    for name in ("pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    assert [file.name for file in open_checkpoint(tmp_path).config_files] == ["merges.txt"]
+
+
+def test_a_pickle_is_mapped_anew_only_after_many_bytes(tmp_path, monkeypatch):
+    """Every mapping reads all names: one for each tensor would take time with the square of their number."""
+    torch.save({f"{i}.weight": torch.full((4,), float(i)) for i in range(8)}, tmp_path / "m.bin")
+    loads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: loads.append(1) or load(*args, **kwargs))
+    monkeypatch.setattr("loraforge.checkpoints.shards.REMAP_BYTES", 64)
+    found = open_checkpoint(tmp_path / "m.bin")
+    assert [float(found.read(name)[0]) for name in found.names] == list(range(8))
+    assert len(loads) == 3
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.eye(3).to_sparse(), torch.ones(1).expand(1000, 1000), torch.empty(3, device="meta")]
+)
+def test_pickled_tensors_without_plain_numbers(tmp_path, tensor):
+    torch.save({"w": tensor}, tmp_path / "m.bin")
+    with pytest.raises(LoraforgeError, match="damaged"):
+        open_checkpoint(tmp_path / "m.bin")

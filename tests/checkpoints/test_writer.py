@@ -87,3 +87,10 @@ def test_configuration_is_copied_and_changed(tmp_path):
     assert not (out / "model.safetensors").exists()
     copy_config(opened, out, dtype_change(opened, None))
     assert (out / "config.json").read_text() == (base / "config.json").read_text()
+
+
+def test_no_file_is_left_open_or_made_for_a_dtype_it_cannot_hold(tmp_path):
+    layout = {"a": ((2,), torch.float32), "b": ((2,), torch.complex64)}
+    with pytest.raises(LoraforgeError, match="cannot hold this dtype"):
+        ModelWriter(tmp_path / "out", layout, 1)
+    assert not (tmp_path / "out").exists()

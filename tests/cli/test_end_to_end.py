@@ -179,7 +179,8 @@ def test_a_missing_adapter_is_named(run: Run, pair: tuple[Path, Path], tmp_path:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have switched it off for jobs in the background
 from loraforge.adapters.reader import Adapter
 from loraforge.adapters.session import WriteSession
 

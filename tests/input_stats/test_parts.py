@@ -55,6 +55,14 @@ def test_every_part_once(tmp_path: Path) -> None:
         merge_stats([], tmp_path / "out.safetensors")
 
 
+def test_an_unfinished_run_is_no_part(tmp_path: Path) -> None:
+    """Its sums would count as means."""
+    parts = [part(tmp_path, 1, 2, 1.0, 10), part(tmp_path, 2, 2, 4.0, 30, done=1)]
+    with pytest.raises(LoraforgeError, match="unfinished run"):
+        merge_stats(parts, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_the_output_is_no_part_and_free(tmp_path: Path) -> None:
     parts = [part(tmp_path, 1, 2, 1.0, 1), part(tmp_path, 2, 2, 1.0, 1)]
     with pytest.raises(LoraforgeError, match="exists already"):

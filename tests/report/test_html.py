@@ -101,6 +101,15 @@ def test_demo_page_marks_the_winner_whoever_it_is(results: dict[str, Any]) -> No
     assert html.count("<td class=best>77.2</td>") == 9
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_demo_page_of_full_models_says_how_its_setting_was_chosen(results: dict[str, Any]) -> None:
+    text = _Page(render_html(results | {"inputs": "models"})).text
+    assert "One model for all tasks" in text
+    for said in ("three pilots", "these same test images", "150 of each", "learning rate", "one seed", "scaled by 0.3",
+                 "Differences of one or two points mean little"):  # fmt: skip
+        assert said in text
+
+
 def test_merge_page_shows_every_module_and_input(report: dict[str, Any], pages: dict[str, str]) -> None:
     text = _Page(pages["calibrated"]).text
     for layer in report["layers"]:

@@ -10,10 +10,8 @@ so every use gets a tensor of its own, and config.json says tie_word_embeddings=
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +24,10 @@ from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.merging import options
 from loraforge.merging.job import Progress
 from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows
+from loraforge.merging.models.heads import head_names, label_changes, write_aside
 from loraforge.merging.models.placing import Place, find_places, match_tensors
 from loraforge.merging.models.skeleton import Skeleton, read_skeleton
-from loraforge.storage.stream import save_tensors
 from loraforge.types import Merged
-
-# Last parts of a head's name whose rows are labels.
-_LABELS = re.compile(r"(^|\.)(classifier|score|classification_head\.out_proj|qa_outputs)\.weight$")
 
 
 def bake(
@@ -79,11 +74,11 @@ def bake(
     skeleton = read_skeleton(origin)
     places = find_places(infos, origin, skeleton)
     baking = _Baking(origin, infos, places, _biases(places, adapters, origin))
-    replaced, notes = _head_names(heads, origin, skeleton)
+    replaced, notes = head_names(heads, origin, skeleton)
     untied, touched = _untied({*(place.tensor for place in places.values()), *replaced}, origin, skeleton)
     layout = {name: (tuple(t.shape), t.dtype) for name, t in replaced.items()}
     layout |= {name: (origin.shape(source), origin.dtype(source)) for name, source in untied.items()}
-    changes = _label_changes(replaced, origin)
+    changes = label_changes(replaced, origin)
     if untied:
         notes.append(f"tied weights were untied, because an adapter changes one of them: {', '.join(untied)}")
     if touched and skeleton is not None and skeleton.can_untie:
@@ -103,9 +98,7 @@ def bake(
 
     tensors = _all_tensors(baking, stream, replaced, untied, progress)
     aside = {name: dict(found) for name, found in heads.aside.items()}
-    return folder.write(
-        tensors, lambda place: _write_aside(place, aside, heads), account, extra=layout, changes=changes
-    )
+    return folder.write(tensors, lambda place: write_aside(place, aside, heads), account, extra=layout, changes=changes)
 
 
 class _Baking:
@@ -220,54 +213,3 @@ def _untied(changed: set[str], base: Checkpoint, skeleton: Skeleton | None) -> t
             touched = True
             added |= {name: next(iter(held.values())) for name in group if name not in held}
     return added, touched
-
-
-def _head_names(heads: HeadsPlan, base: Checkpoint, skeleton: Skeleton | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Merged heads and whole weights by the base's names, and what there is to say of them.
-
-    Raises:
-        LoraforgeError: Trained token rows, which are no whole tensor; a name that fits several tensors.
-    """
-    found: dict[str, Tensor] = {}
-    notes: list[str] = []
-    names = match_tensors(heads.merged, base, skeleton)
-    for key, tensor in heads.merged.items():
-        if "trainable_tokens" in key or len(names[key]) > 1:
-            raise LoraforgeError(
-                "A whole weight of the adapters cannot be put into the base",
-                where=key,
-                got=", ".join(names[key]) or "rows of an embedding",
-                hint="merge into an adapter (--output-kind adapter)",
-            )
-        name = names[key][0] if names[key] else key
-        if name not in base:
-            notes.append(f"{name}: a head that the base does not have was added")
-        elif base.shape(name) != tuple(tensor.shape):
-            notes.append(
-                f"{name}: replaced, {list(base.shape(name))} in the base, {list(tensor.shape)} in the adapters"
-            )
-        found[name] = tensor
-    return found, notes
-
-
-def _label_changes(heads: Mapping[str, Tensor], base: Checkpoint) -> dict[str, Any]:
-    """Changes of config.json that a head or embedding of another size asks for."""
-    changes: dict[str, Any] = {}
-    for name, tensor in heads.items():
-        rows = int(tensor.shape[0]) if tensor.ndim else 0
-        labels = base.config.get("id2label")
-        if _LABELS.search(name) and rows != (len(labels) if isinstance(labels, dict) else 2):
-            changes["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
-            changes["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
-        elif name in base and tensor.ndim == 2 and base.shape(name)[0] == base.config.get("vocab_size") != rows:
-            changes["vocab_size"] = rows
-    return changes
-
-
-def _write_aside(folder: Path, aside: Mapping[str, Mapping[str, Tensor]], heads: HeadsPlan) -> None:
-    """Heads that differ between the adapters, each under its adapter's name."""
-    for name, tensors in aside.items():
-        place = folder / "heads" / name
-        place.mkdir(parents=True)
-        save_tensors(place / "heads.safetensors", tensors)
-        (place / "heads.json").write_text(heads.index_of(name), encoding="utf-8")

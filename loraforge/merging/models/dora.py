@@ -34,6 +34,7 @@ from loraforge.errors import LoraforgeError
 from loraforge.linalg.rank import RankRule
 from loraforge.linalg.sketch import low_rank
 from loraforge.merging.models.placing import BaseMatrices
+from loraforge.merging.models.skeleton import read_skeleton
 from loraforge.types import Dense, LowRank
 
 ENERGY = 0.99
@@ -122,6 +123,7 @@ class DoraLoader:
                 "DoRA needs the base's files", got=type(base).__name__, expected="a model folder or a file of weights"
             )
         self._base, self._rule, self._dense = open_checkpoint(base), rule, dense
+        self._skeleton = read_skeleton(self._base)
         self._matrices: dict[int, tuple[Adapter, BaseMatrices]] = {}
 
     def __call__(self, adapter: Adapter, module: str, notes: list[str]) -> Any:
@@ -150,5 +152,5 @@ class DoraLoader:
         if id(adapter) not in self._matrices:
             infos: Mapping[str, Any] = {m: adapter.info(m) for m in adapter.modules if adapter.info(m).has_magnitude}
             # The adapter is held too: an id is reused once its object is gone.
-            self._matrices[id(adapter)] = adapter, BaseMatrices(self._base, infos)
+            self._matrices[id(adapter)] = adapter, BaseMatrices(self._base, infos, self._skeleton)
         return self._matrices[id(adapter)][1]

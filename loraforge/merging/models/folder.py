@@ -110,8 +110,9 @@ class ModelFolder:
             with ModelWriter(folder, layout, self.shard_bytes) as writer:
                 for name, tensor, rounding in tensors:
                     written = tensor.to(layout[name][1])
+                    if rounding is Rounding.COUNTED or written.dtype != tensor.dtype:
+                        check_range(name, tensor, written)
                     if rounding is Rounding.COUNTED and written.dtype != tensor.dtype:
-                        check_range(name, written)
                         lost += float((written.to(tensor.dtype) - tensor).norm(dtype=torch.float64)) ** 2
                     if rounding is Rounding.COUNTED:
                         size += float(tensor.norm(dtype=torch.float64)) ** 2
@@ -151,14 +152,23 @@ def keep_aside(folder: Path, model: Checkpoint, names: Sequence[str]) -> None:
         (folder / CONFIG).write_text(json.dumps(model.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check_range(name: str, written: Tensor) -> None:
-    """Refuses a cast that left the range of the dtype.
+def check_range(name: str, tensor: Tensor, written: Tensor) -> None:
+    """Refuses what the cast to the written dtype, or the merge itself, made infinite.
 
     Raises:
-        LoraforgeError: The tensor holds Inf after the cast.
+        LoraforgeError: The merged tensor holds NaN or Inf, or does after the cast where it did not before.
     """
-    if not bool(torch.isfinite(written).all()):
+    finite = torch.isfinite(written)
+    if bool(finite.all()):
+        return
+    if written.dtype == tensor.dtype:
         raise LoraforgeError(
-            "A merged tensor does not fit into the output's dtype", where=name, got=written.dtype,
+            "A merged tensor holds NaN or Inf", where=name, got=f"{int((~finite).sum())} of {finite.numel()} entries",
+            expected="finite numbers", hint="smaller --weights, or another method",
+        )  # fmt: skip
+    # A base may hold -inf on purpose (masks); what is copied stays what it was.
+    if bool((torch.isfinite(tensor) & ~finite).any()):
+        raise LoraforgeError(
+            "A tensor does not fit into the output's dtype", where=name, got=written.dtype,
             hint="write with --dtype bfloat16 or float32",
         )  # fmt: skip

@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,28 +32,11 @@ from loraforge.merging import checks, options
 from loraforge.merging.account import merge_report
 from loraforge.merging.job import Job, Progress
 from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows, keep_aside
-from loraforge.merging.models.skeleton import read_skeleton
+from loraforge.merging.models.plan import Plan, cost_of, follow_ties, make_plan
+from loraforge.merging.models.skeleton import Skeleton, read_skeleton
 from loraforge.merging.models.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
 from loraforge.merging.row import MethodRow
 from loraforge.merging.stream import pieces
-
-# The published code takes no singular value decomposition of these; the isotropic family follows it.
-NOT_A_MATRIX = "text_projection"
-
-
-@dataclass(slots=True, eq=False)
-class _Plan:
-    """What becomes of each tensor of the base.
-
-    Attributes:
-        matrices: Merged by the method.
-        others: Averaged or summed.
-        copied: Integers, empty tensors, and what no model has.
-    """
-
-    matrices: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
 
 
 def merge_models(
@@ -118,8 +100,11 @@ def merge_models(
     opened = [open_checkpoint(model) for model in models]
     origin = open_checkpoint(base)
     alignments = [align(origin, model) for model in opened]
+    # It takes seconds: only where something asks for it.
+    skeleton = read_skeleton(origin) if stats is not None or any(a.missing for a in alignments) else None
+    alignments = follow_ties(origin, alignments, skeleton)
     check_integers(origin, opened, alignments)
-    plan = _plan(origin, alignments, row)
+    plan = make_plan(origin, alignments, row)
     weights_of = BaseWeights(origin)
     vectors = [TaskVectors(weights_of, m, a, plan.matrices) for m, a in zip(opened, alignments, strict=True)]
     names = unique_names(cast(Any, vectors))
@@ -138,51 +123,51 @@ def merge_models(
         uniform_rank=False,
         progress=progress,
         post=post,
-        stats=_statistics(stats, names, plan.matrices, row, origin),
-        warnings=_notes(names, alignments, resume=resume),
+        stats=_statistics(stats, names, plan.matrices, row, skeleton),
+        warnings=[*_notes(names, alignments, on_missing, resume=resume), *options.advice(params)],
     )
     target = None if dtype == "auto" else options.DTYPES[dtype]
     if dry_run:
-        return _report(job, origin, [], seed, started) | {"plan": _cost(origin, plan, len(opened), target)}
+        return _planned(job, origin, plan, target)
     if out is None:
         raise LoraforgeError("A merged model is written while it is made", expected="an output folder (out)")
     inputs = [*(model.path for model in opened), origin.path]
     folder = ModelFolder(out, origin, target, shard_bytes, overwrite=overwrite, inputs=inputs)
+    return _written(job, folder, plan, weights_of, dtype, seed, started)
+
+
+def _planned(job: Job, base: Checkpoint, plan: Plan, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The report of a dry run. It has no hashes: they would take the time of reading every model."""
+    models = [{"name": name, "path": os.fspath(m.path)} for name, m in zip(job.names, job.adapters, strict=True)]
+    return {
+        "out": None, "output_kind": "model", "method": job.row.name, "weights": list(job.weights),
+        "base": str(base.path), "adapters": models, "warnings": job.warnings, "plan": cost_of(job, base, plan, dtype),
+    }  # fmt: skip
+
+
+def _written(
+    job: Job, folder: ModelFolder, plan: Plan, base: BaseWeights, dtype: str, seed: int | None, started: float
+) -> dict[str, Any]:
+    """Merges and writes everything; the report."""
     rows: list[dict[str, Any]] = []
 
     def account(written: ModelReport, rounding: float) -> dict[str, Any]:
-        return _report(job, origin, rows, seed, started) | {
-            "out": os.fspath(out), "dtype": dtype if target is not None else "as the base", "rounding": rounding,
-            "bytes": written.bytes, "files": list(written.files), "parameters": written.parameters,
+        return _report(job, base.checkpoint, rows, seed, started) | {
+            "out": os.fspath(folder.out), "dtype": "as the base" if folder.dtype is None else dtype,
+            "rounding": rounding, "bytes": written.bytes, "files": list(written.files),
+            "parameters": written.parameters,
         }  # fmt: skip
 
     def aside(place: Path) -> None:
-        for name, model, alignment in zip(names, opened, alignments, strict=True):
-            if alignment.own:
-                keep_aside(place / "heads" / name, model, alignment.own)
+        for name, model in zip(job.names, cast(Sequence[TaskVectors], job.adapters), strict=True):
+            if model.alignment.own:
+                keep_aside(place / "heads" / name, model.checkpoint, model.alignment.own)
 
-    return folder.write(_tensors(job, plan, weights_of, rows), aside, account)
-
-
-def _plan(base: Checkpoint, alignments: Sequence[Alignment], row: MethodRow) -> _Plan:
-    plan = _Plan()
-    for name in base.names:
-        if not base.is_float(name) or not base.numel(name) or not any(name in a.names for a in alignments):
-            plan.copied.append(name)
-        elif row.other_tensors == "method" or _is_matrix(base, name, row):
-            plan.matrices.append(name)
-        else:
-            plan.others.append(name)
-    return plan
-
-
-def _is_matrix(base: Checkpoint, name: str, row: MethodRow) -> bool:
-    """Two dimensions, and not what the isotropic papers leave out."""
-    return len(base.shape(name)) == 2 and not (row.other_tensors == "mean" and NOT_A_MATRIX in name)
+    return folder.write(_tensors(job, plan, base, rows), aside, account)
 
 
 def _tensors(
-    job: Job, plan: _Plan, base: BaseWeights, rows: list[dict[str, Any]]
+    job: Job, plan: Plan, base: BaseWeights, rows: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor, Rounding]]:
     """Every tensor of the output, in the order of the base's names; fills `rows` on the way."""
     matrices, others = set(plan.matrices), set(plan.others)
@@ -230,13 +215,14 @@ def _check_missing(alignments: Sequence[Alignment], names: Sequence[str], on_mis
         )
 
 
-def _notes(names: Sequence[str], alignments: Sequence[Alignment], *, resume: bool) -> list[str]:
+def _notes(names: Sequence[str], alignments: Sequence[Alignment], on_missing: str, *, resume: bool) -> list[str]:
     notes = ["a merge of models is not continued: --resume had no effect"] if resume else []
+    meaning = "they are merged without it" if on_missing == "present" else "they count as unchanged"
     for name, found in zip(names, alignments, strict=True):
         notes += found.notes
         if found.missing:
             shown = ", ".join(found.missing[:3])
-            notes.append(f"{name}: lacks {len(found.missing)} tensors of the base ({shown}); they count as unchanged")
+            notes.append(f"{name}: lacks {len(found.missing)} tensors of the base ({shown}); {meaning}")
         if found.own:
             shown = ", ".join(found.own[:3])
             notes.append(f"{name}: {len(found.own)} tensors of its own ({shown}) are kept aside under heads/{name}")
@@ -248,7 +234,7 @@ def _statistics(
     names: Sequence[str],
     matrices: Sequence[str],
     row: MethodRow,
-    base: Checkpoint,
+    skeleton: Skeleton | None,
 ) -> list[dict[str, Tensor]]:
     """Input statistics by tensor name. A lookup table has none: its inputs are indices.
 
@@ -257,7 +243,6 @@ def _statistics(
     """
     if stats is None:
         return []
-    skeleton = read_skeleton(base)
     renamed = {} if skeleton is None else skeleton.names
     modules = {name: renamed.get(name, name).removesuffix(".weight") for name in matrices}
     wanted = [module for module in modules.values() if "embed" not in module.rpartition(".")[2]]
@@ -265,22 +250,10 @@ def _statistics(
     return [{name: one[module] for name, module in modules.items() if module in one} for one in found]
 
 
-def _cost(base: Checkpoint, plan: _Plan, count: int, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What a merge would read, write and hold."""
-    largest = max((base.numel(name) for name in [*plan.matrices, *plan.others]), default=0)
-    size = sum(
-        base.numel(n) * (dtype if dtype is not None and base.is_float(n) else base.dtype(n)).itemsize
-        for n in base.names
-    )
-    return {
-        "tensors": len(base.names), "matrices": len(plan.matrices), "others": len(plan.others),
-        "copied": len(plan.copied), "bytes": size, "peak_bytes": largest * (4 * (count + 2) + 8 * (count + 2)),
-    }  # fmt: skip
-
-
 def _report(job: Job, base: Checkpoint, rows: list[dict[str, Any]], seed: int | None, started: float) -> dict[str, Any]:
-    report = merge_report(job, rows, seed, time.perf_counter() - started)
     models = cast(Sequence[TaskVectors], job.adapters)
+    job.warnings += [note for model in models for note in model.doubts()]
+    report = merge_report(job, rows, seed, time.perf_counter() - started)
     for entry, model in zip(report["adapters"], models, strict=True):
         entry["files"] = model.checkpoint.sha256s
     return report | {"output_kind": "model", "base": str(base.path), "base_sha256": base.sha256s}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from loraforge.adapters.formats.parts import ModuleInfo
 from loraforge.adapters.names import flat, is_flat_name
 from loraforge.checkpoints import Checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
-from loraforge.merging.models.skeleton import Skeleton, read_skeleton
+from loraforge.merging.models.skeleton import Skeleton
 
 _SHOWN = 10
 
@@ -68,7 +69,9 @@ def find_places(modules: Mapping[str, ModuleInfo], base: Checkpoint, skeleton: S
             fits = match_tensors([shared], base, skeleton)[shared]
             source, own = (fits[0], name) if len(fits) == 1 else (None, None)
         if source is None or own is None:
-            problems.append(_unplaced(module, modules[module], name, fits, base))
+            # With another base none of thousands is found, and comparing names is slow.
+            close = _close(name, base) if len(problems) < _SHOWN else ""
+            problems.append(_unplaced(module, modules[module], name, fits, base, close))
             continue
         place = _oriented(module, modules[module], Place(own, source), base, skeleton)
         if isinstance(place, LoraforgeError):
@@ -128,14 +131,19 @@ def match_names(wanted: Iterable[str], known: Sequence[str]) -> dict[str, list[s
 class BaseMatrices:
     """The base's weights of an adapter's modules, as (m, n) matrices."""
 
-    def __init__(self, base: Checkpoint, modules: Mapping[str, ModuleInfo]) -> None:
+    def __init__(self, base: Checkpoint, modules: Mapping[str, ModuleInfo], skeleton: Skeleton | None) -> None:
         """Finds every module.
+
+        Args:
+            base: The base model.
+            modules: What is known of each.
+            skeleton: What its configuration says, if it could be read.
 
         Raises:
             LoraforgeError: See `find_places`.
         """
         self._base, self._modules = base, dict(modules)
-        self._places = find_places(modules, base, read_skeleton(base))
+        self._places = find_places(modules, base, skeleton)
 
     def read(self, module: str) -> Tensor:
         """W_0 of a module, (m, n), as stored."""
@@ -166,7 +174,7 @@ def _oriented(
         )
     index = info.index if info.kind == "expert" and len(shape) == 3 else None
     matrix = shape[1:] if index is not None else shape
-    flattened = (matrix[0], _product(matrix[1:])) if len(matrix) >= 2 else matrix
+    flattened = (matrix[0], math.prod(matrix[1:])) if len(matrix) >= 2 else matrix
     fits_plain, fits_transposed = flattened == (info.m, info.n), matrix == (info.n, info.m)
     if info.kind == "embedding":
         fits_plain = False
@@ -197,7 +205,13 @@ def _square(module: str, info: ModuleInfo, skeleton: Skeleton | None) -> bool:
     return any(owner == name or owner.endswith(f".{name}") or name.endswith(f".{owner}") for name in known)
 
 
-def _unplaced(module: str, info: ModuleInfo, name: str, fits: Sequence[str], base: Checkpoint) -> LoraforgeError:
+def _close(name: str, base: Checkpoint) -> str:
+    return ", ".join(difflib.get_close_matches(name, base.names, n=3, cutoff=0.4)) or "none"
+
+
+def _unplaced(
+    module: str, info: ModuleInfo, name: str, fits: Sequence[str], base: Checkpoint, close: str
+) -> LoraforgeError:
     if fits:
         return LoraforgeError(
             "A module of the adapter fits several tensors of the base",
@@ -206,11 +220,10 @@ def _unplaced(module: str, info: ModuleInfo, name: str, fits: Sequence[str], bas
             expected="one",
             hint="give the base with the names that the adapter was trained on",
         )
-    close = difflib.get_close_matches(name, base.names, n=3, cutoff=0.4)
     return LoraforgeError(
         "The base has no tensor for a module of the adapter",
         where=f"{module} ({base.path})",
-        got=f"close names: {', '.join(close) or 'none'}",
+        got=f"close names: {close}",
         expected=name,
         hint="give the base that the adapter was trained on; stacked experts need a base that was saved with "
         "save_pretrained(..., save_original_format=False)"
@@ -230,10 +243,3 @@ def _twice(places: Mapping[str, Place]) -> list[LoraforgeError]:
                 LoraforgeError("Two modules mean one tensor of the base", where=place.tensor, got=f"{first}, {module}")
             )
     return problems
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

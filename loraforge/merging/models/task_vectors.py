@@ -14,6 +14,10 @@ from loraforge.checkpoints import Alignment, Checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.types import Dense
 
+# Of fine-tuned matrices the task vector is a few per cent of the base; of two unrelated ones it is sqrt(2) of it.
+UNRELATED = 1.0
+_SAMPLED = 2**14  # entries of each matrix that this is judged by
+
 
 @dataclass(frozen=True, slots=True)
 class MatrixInfo:
@@ -79,6 +83,7 @@ class TaskVectors:
         self.modules = tuple(name for name in matrices if name in alignment.names)
         self.modules_set = frozenset(self.modules)
         self._base = base
+        self._changed = self._own = 0.0
 
     @property
     def sha256(self) -> str:
@@ -94,11 +99,20 @@ class TaskVectors:
     def load(self, module: str) -> Dense:
         """The task vector of a tensor as a matrix."""
         delta = self.delta(module)
+        self._changed += _sampled_square(delta)
+        self._own += _sampled_square(self._base.read(module))
         return Dense(delta.reshape(matrix_shape(tuple(delta.shape))))
 
     def bias(self, module: str) -> Tensor | None:
         """None: a bias is a tensor of its own."""
         return None
+
+    def doubts(self) -> list[str]:
+        """A sentence where the matrices read so far differ from the base's by more than those are large."""
+        if self._changed <= UNRELATED**2 * self._own:
+            return []
+        size = (self._changed / self._own) ** 0.5 if self._own > 0.0 else math.inf
+        return [f"{self.name}: ||W - W_0|| is {size:.3g} ||W_0||: was it fine-tuned from {self.base}?"]
 
     def delta(self, name: str) -> Tensor:
         """W_i - W_0 of a tensor, float64 where either is stored so, else float32.
@@ -138,6 +152,12 @@ def check_integers(base: Checkpoint, models: Sequence[Checkpoint], alignments: S
                 expected="equal integer tensors; weights in float32, bfloat16, float16 or float64",
                 hint="quantised weights must be turned back into floating point first",
             )
+
+
+def _sampled_square(matrix: Tensor) -> float:
+    """Sum of squares over evenly spaced entries."""
+    flat = matrix.reshape(-1)
+    return float(flat[:: max(1, flat.numel() // _SAMPLED)].square().sum(dtype=torch.float64))
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:

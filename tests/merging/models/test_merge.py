@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from typer.testing import CliRunner
 
+from loraforge.cli.app import app
 from loraforge.errors import LoraforgeError
 from loraforge.input_stats import collect_stats
 from loraforge.linalg.rank import RankRule
@@ -317,6 +319,62 @@ def test_overflow_of_the_output_dtype(tmp_path):
         merge(tmp_path, tmp_path / "out", models=[a], base=base, dtype="float16")
 
 
+def test_overflow_of_what_is_only_copied(tmp_path):
+    """A dtype of smaller range must not turn a copied weight into Inf; a mask's own -inf stays."""
+    mask = {"mask": torch.tensor([0.0, -torch.inf])}
+    base, model = state_files(tmp_path, tiny(far=torch.tensor([1e6])) | mask, tiny(1))
+    row = find_method("task-arithmetic")
+    options = {"base": base, "out": tmp_path / "out", "dtype": "float16"}
+    with pytest.raises(LoraforgeError, match="does not fit") as caught:
+        merge_models([model], row, row.make_params({}), **options)
+    assert caught.value.where == "far"
+    base, model = state_files(tmp_path, tiny() | mask, tiny(1))
+    merge_models([model], row, row.make_params({}), **options | {"base": base})
+    assert load_file(tmp_path / "out" / "model.safetensors")["mask"].tolist() == [0.0, -torch.inf]
+
+
+def test_a_merge_that_overflows_is_refused(tmp_path):
+    base, model = state_files(tmp_path, tiny(), tiny(1))
+    row = find_method("task-arithmetic")
+    with pytest.raises(LoraforgeError, match="NaN or Inf"):
+        merge_models([model], row, row.make_params({}), base=base, out=tmp_path / "out", weights=[1e39])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kept", "told"), [(1.0, False), (0.0, True)])
+def test_another_base_of_the_same_shapes_is_told(tmp_path, kept, told):
+    """Two unrelated models differ by sqrt(2) of their size, a fine-tuned one by little."""
+    one, other = (torch.randn(40, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    base, model = state_files(tmp_path, {"w": one}, {"w": kept * one + (1.0 - 0.9 * kept) * other})
+    row = find_method("task-arithmetic")
+    report = merge_models([model], row, row.make_params({}), base=base, out=tmp_path / "out")
+    assert any("was it fine-tuned from" in note for note in report["warnings"]) == told
+    assert not told or "is 1.4" in report["warnings"][-1]
+
+
+@pytest.mark.parametrize("lacking", ["lm_head.weight", "transformer.wte.weight"])
+def test_a_tied_weight_that_only_the_base_holds_twice(tmp_path, lacking):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    for name in ("base", "task"):
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    for name in ("base", "task"):
+        file = tmp_path / name / "model.safetensors"
+        state = load_file(file)
+        state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+        if name == "task":
+            del state[lacking]
+        save_file(state, file, {"format": "pt"})
+    row = find_method("task-arithmetic")
+    report = merge_models([tmp_path / "task"], row, row.make_params({}), base=tmp_path / "base", out=tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], found["transformer.wte.weight"])
+    task = load_file(tmp_path / "task" / "model.safetensors")
+    kept = ({"lm_head.weight", "transformer.wte.weight"} - {lacking}).pop()
+    torch.testing.assert_close(found[kept], task[kept])
+    assert not any("lacks" in note for note in report["warnings"])
+
+
 def test_refusals(vits, tmp_path):
     with pytest.raises(LoraforgeError, match="base"):
         merge(vits, tmp_path / "out", base=None)
@@ -330,10 +388,21 @@ def test_refusals(vits, tmp_path):
     merge(vits, tmp_path / "out", models=[vits / "task1"], overwrite=True)
 
 
-def test_dry_run(vits, tmp_path):
+def test_dry_run(vits, tmp_path, monkeypatch):
+    """The plan has the keys that the command prints; no file is read whole for it."""
+    monkeypatch.setattr("loraforge.checkpoints.checkpoint.sha256_of", lambda path: pytest.fail("hashed"))
     plan = merge(vits, None, dry_run=True)["plan"]
     assert plan["tensors"] == plan["matrices"] + plan["others"]
-    assert plan["bytes"] > 0
+    assert plan["matrices"] == len(plan["modules"]) and plan["output_bytes"] > 0
+    assert plan["modules"][0].keys() == {"module", "shape", "ranks", "rank_out", "at_most"}
+    cut = merge(vits, None, "iso-c", dry_run=True, rule=RankRule(rank=3))["plan"]
+    assert cut["flops"] > plan["flops"] and cut["modules"][0]["rank_out"] == 3
+    models = [str(vits / name) for name in ("task0", "task1")]
+    base, out = str(vits / "base"), str(tmp_path / "out")
+    command = ["merge", *models, "--method", "ties", "--base", base, "--out", out, "--dry-run"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert "nothing was written" in shown.output and not (tmp_path / "out").exists()
 
 
 PEAK = """
