@@ -130,6 +130,8 @@ class InputSums:
     def means(self) -> dict[str, Tensor]:
         """The statistic of every module a token, in the model's order, on the CPU; shared where the sums are.
 
+        The sums become the means: Gram matrices of a large model fit into memory once, not twice.
+
         Raises:
             LoraforgeError: A module without a token, or with inputs that are not finite.
         """
@@ -139,7 +141,7 @@ class InputSums:
             if self.tokens[name] == 0:
                 raise LoraforgeError("no token reached a module", where=name, hint="give more data")
             if owner not in means:
-                means[owner] = (self.sums[owner] / self.tokens[owner]).cpu()
+                means[owner] = self.sums.pop(owner).div_(self.tokens[owner]).cpu()
             if not bool(torch.isfinite(means[owner]).all()):
                 raise LoraforgeError(
                     "the inputs of a module have NaN or Inf",

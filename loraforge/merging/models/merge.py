@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from loraforge.adapters import unique_names
-from loraforge.checkpoints import SHARD_BYTES, Alignment, Checkpoint, ModelReport, align, open_checkpoint
+from loraforge.checkpoints import SHARD_BYTES, Checkpoint, ModelReport, align, open_checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.rank import RankRule
 from loraforge.merging import checks, options
 from loraforge.merging.account import merge_report
 from loraforge.merging.job import Job, Progress
 from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows, keep_aside
-from loraforge.merging.models.plan import Plan, cost_of, follow_ties, make_plan
+from loraforge.merging.models.plan import Plan, check_missing, cost_of, follow_ties, make_plan, notes_of
 from loraforge.merging.models.skeleton import Skeleton, read_skeleton
 from loraforge.merging.models.task_vectors import BaseWeights, TaskVectors, check_integers, matrix_shape
 from loraforge.merging.row import MethodRow
@@ -108,7 +108,7 @@ def merge_models(
     weights_of = BaseWeights(origin)
     vectors = [TaskVectors(weights_of, m, a, plan.matrices) for m, a in zip(opened, alignments, strict=True)]
     names = unique_names(cast(Any, vectors))
-    _check_missing(alignments, names, on_missing)
+    check_missing(alignments, names, on_missing)
     job = Job(
         row=row,
         params=params,
@@ -124,7 +124,7 @@ def merge_models(
         progress=progress,
         post=post,
         stats=_statistics(stats, names, plan.matrices, row, skeleton),
-        warnings=[*_notes(names, alignments, on_missing, resume=resume), *options.advice(params)],
+        warnings=[*notes_of(names, alignments, on_missing, resume=resume), *options.advice(params)],
     )
     target = None if dtype == "auto" else options.DTYPES[dtype]
     if dry_run:
@@ -203,30 +203,6 @@ def _other(job: Job, name: str) -> Tensor:
     for delta in deltas:
         found = found + delta
     return found
-
-
-def _check_missing(alignments: Sequence[Alignment], names: Sequence[str], on_missing: str) -> None:
-    gaps = [f"{name}: {a.missing[0]}" for name, a in zip(names, alignments, strict=True) if a.missing]
-    if gaps and on_missing == "error":
-        raise LoraforgeError(
-            "Some models lack tensors of the base",
-            where="; ".join(gaps[:4]),
-            hint="--on-missing zero takes a missing task vector as 0",
-        )
-
-
-def _notes(names: Sequence[str], alignments: Sequence[Alignment], on_missing: str, *, resume: bool) -> list[str]:
-    notes = ["a merge of models is not continued: --resume had no effect"] if resume else []
-    meaning = "they are merged without it" if on_missing == "present" else "they count as unchanged"
-    for name, found in zip(names, alignments, strict=True):
-        notes += found.notes
-        if found.missing:
-            shown = ", ".join(found.missing[:3])
-            notes.append(f"{name}: lacks {len(found.missing)} tensors of the base ({shown}); {meaning}")
-        if found.own:
-            shown = ", ".join(found.own[:3])
-            notes.append(f"{name}: {len(found.own)} tensors of its own ({shown}) are kept aside under heads/{name}")
-    return notes
 
 
 def _statistics(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from loraforge.checkpoints import Alignment, Checkpoint
+from loraforge.errors import LoraforgeError
 from loraforge.merging.job import Job
 from loraforge.merging.models.placing import match_tensors
 from loraforge.merging.models.skeleton import Skeleton
@@ -71,6 +72,36 @@ def follow_ties(base: Checkpoint, alignments: Sequence[Alignment], skeleton: Ske
                 names[one] = found.names[other]
         followed.append(replace(found, names=names, missing=tuple(n for n in found.missing if n not in names)))
     return followed
+
+
+def check_missing(alignments: Sequence[Alignment], names: Sequence[str], on_missing: str) -> None:
+    """Refuses models that lack tensors of the base, if the user asked for that.
+
+    Raises:
+        LoraforgeError: Naming the models and a tensor of each.
+    """
+    gaps = [f"{name}: {a.missing[0]}" for name, a in zip(names, alignments, strict=True) if a.missing]
+    if gaps and on_missing == "error":
+        raise LoraforgeError(
+            "Some models lack tensors of the base",
+            where="; ".join(gaps[:4]),
+            hint="--on-missing zero takes a missing task vector as 0",
+        )
+
+
+def notes_of(names: Sequence[str], alignments: Sequence[Alignment], on_missing: str, *, resume: bool) -> list[str]:
+    """What there is to say of names, missing tensors and heads before any tensor is merged."""
+    notes = ["a merge of models is not continued: --resume had no effect"] if resume else []
+    meaning = "they are merged without it" if on_missing == "present" else "they count as unchanged"
+    for name, found in zip(names, alignments, strict=True):
+        notes += found.notes
+        if found.missing:
+            shown = ", ".join(found.missing[:3])
+            notes.append(f"{name}: lacks {len(found.missing)} tensors of the base ({shown}); {meaning}")
+        if found.own:
+            shown = ", ".join(found.own[:3])
+            notes.append(f"{name}: {len(found.own)} tensors of its own ({shown}) are kept aside under heads/{name}")
+    return notes
 
 
 def cost_of(job: Job, base: Checkpoint, plan: Plan, dtype: torch.dtype | None) -> dict[str, Any]:
