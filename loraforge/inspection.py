@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from loraforge.adapters import Adapter, all_modules, open_adapter, unique_names, with_common_names
+from loraforge.checkpoints import looks_like_checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.agreement import ENTRIES, Agreement, agreement
 from loraforge.linalg.rank import energy_rank
@@ -83,10 +84,12 @@ def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
 
 
 def _refuse_checkpoint(path: Path) -> None:
-    """Refuses a folder of a full model, whose deltas exist against a base only."""
-    if (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+    """Refuses a full model, whose deltas exist against a base only."""
+    bare = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    # A model's configuration beside a single file of factors is a folder of somebody's adapter.
+    if looks_like_checkpoint(path) or (bare and not any(path.glob("*.safetensors"))):
         raise LoraforgeError(
-            "The folder holds a full model, not an adapter",
+            "This is a full model, not an adapter",
             where=path,
             expected="adapters",
             hint="full models can be merged: loraforge merge MODEL MODEL --base BASE --method NAME --out DIR",

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "params": LEAVES | METHOD_ROOM,
     "merging": LEAVES
     | {"kernels", "linalg", "storage", "adapters", "checkpoints", "calibrate", "input_stats", "merging"},
-    "inspection": LEAVES | {"kernels", "linalg", "adapters"},
+    "inspection": LEAVES | {"kernels", "linalg", "adapters", "checkpoints"},
     "resizing": LEAVES | {"kernels", "linalg", "storage", "adapters"},
     "conversion": LEAVES | {"kernels", "linalg", "storage", "adapters"},
     "input_stats": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate"},

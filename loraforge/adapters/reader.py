@@ -106,11 +106,19 @@ class Adapter:
             LoraforgeError: A factor holds NaN or Inf, or the file cannot be read any more.
         """
         part = self._parts[module]
-        stored = self._file.read(part.keys)
+        stored = self._stored(part)
         B, A = part.build(stored)
         if not (is_finite(A) and is_finite(B)):
             self._refuse_infinite(part.keys, stored)
         return LowRank(B, A, part.info.scaling)
+
+    def _stored(self, part: Part) -> list[Tensor]:
+        """The tensors of a module; those of a stack of experts are kept until another stack is asked for."""
+        if part.info.kind != "expert":
+            return self._file.read(part.keys)
+        if self._stack[0] != part.keys:
+            self._stack = (part.keys, self._file.read(part.keys))
+        return self._stack[1]
 
     def bias(self, module: str) -> Tensor | None:
         """The bias on lora_B (m,), not scaled, or None.
@@ -156,6 +164,7 @@ class Adapter:
 
     def _set_parts(self, parts: Mapping[str, Part]) -> None:
         self._parts = dict(parts)
+        self._stack: tuple[tuple[str, ...], list[Tensor]] = ((), [])
         self.modules = tuple(sorted(parts, key=natural_key))
         self.modules_set = frozenset(self.modules)
 

@@ -94,7 +94,8 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     elif out is None:
         raise UsageError("no output folder was named", expected="--out DIR", hint="--dry-run prints the plan instead")
     else:
-        inputs = input_paths(adapters, wanted.get("base"), wanted.get("calibration"), options["recipe"])
+        files = [wanted.get("calibration"), wanted.get("stats")]
+        inputs = input_paths(adapters, wanted.get("base"), files, options["recipe"])
         check_output(out, overwrite=overwrite, inputs=inputs)
         arguments |= {"out": out, "overwrite": overwrite}
         check_report(report, overwrite=overwrite, inputs=inputs)

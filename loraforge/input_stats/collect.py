@@ -23,6 +23,7 @@ from loraforge.calibrate.sampling import Selection
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.input_stats.file import account, check_out
 from loraforge.input_stats.run import Progress, run_batches
+from loraforge.linalg.device import choose_device
 
 
 def collect_stats(
@@ -81,7 +82,7 @@ def collect_stats(
         raise UsageError("targets and an adapter both name the modules", expected="one of the two")
     place, share = Path(out), parse_part(part)
     check_out(place, overwrite=overwrite or resume)
-    where = _device(device)
+    where = choose_device(device)
     model, config, chosen, refused, task_type = _open(base, targets, adapter, dtype, where)
     sets = _read(data, base, config, model, task_type, samples, seed, max_length, template)
     every = make_batches(sets, [[0] * len(s) for s in sets], batch_tokens=batch_tokens)
@@ -177,24 +178,6 @@ def _read(
             )
         sets.append(loaded)
     return sets
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name; auto is the GPU where there is one.
-
-    Raises:
-        UsageError: No such device.
-        LoraforgeError: A GPU where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", got=name, expected="auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LoraforgeError("this torch sees no GPU", got=name, hint="use --device cpu; `loraforge doctor` says more")
-    return device
 
 
 def _name(base: Any) -> str:

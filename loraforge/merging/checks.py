@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +128,15 @@ def are_checkpoints(adapters: Sequence[Any]) -> bool:
     return any(found)
 
 
-def refuse_for_models(
-    output_kind: str, layout: str, heads_from: str | None, *, uniform_rank: bool, budget: int | None
-) -> None:
+def refuse_for_models(given: Mapping[str, bool]) -> None:
     """Refuses options that have no meaning for full checkpoints.
+
+    Args:
+        given: Option -> whether it was given.
 
     Raises:
         UsageError: Naming them.
     """
-    given = {
-        "--output-kind": output_kind not in ("adapter", "model"),
-        "--format": layout not in ("auto",),
-        "--from": heads_from is not None,
-        "--uniform-rank": uniform_rank,
-        "--budget": budget is not None,
-    }
     wrong = [name for name, is_given in given.items() if is_given]
     if wrong:
         raise UsageError("These options are for adapters only", got=", ".join(wrong), hint="leave them out")

@@ -99,26 +99,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UsageError(f"unknown value of {name}", got=value, hint=did_you_mean(value, choices))
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; auto is the GPU where there is one.
-
-    Raises:
-        UsageError: No such device.
-        LoraforgeError: A GPU where there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError("unknown device", got=name, expected="auto, cpu, cuda or cuda:0") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError("unsupported device", got=name, expected="auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise LoraforgeError("this torch sees no GPU", got=name, hint="use --device cpu; `loraforge doctor` says more")
-    return device
-
-
 def post_params(row: MethodRow, params: Any, post: str) -> Any:
     """Parameters of the flattening after the rank rule: the method's own, the default ones of `--post iso`, or None."""
     if row.post == "iso":

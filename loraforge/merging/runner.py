@@ -16,6 +16,7 @@ from loraforge.adapters import (
     resolve_heads,
     unique_names,
 )
+from loraforge.linalg.device import choose_device
 from loraforge.merging import checks, options
 from loraforge.merging.job import Job, Progress
 from loraforge.merging.methods import find_method
@@ -129,11 +130,16 @@ def merge(
         {"calibration": calibration, "samples": samples, "max_length": max_length, "template": template},
     )
     checks.check_inputs(row, adapters, weights)
-    place = options.choose_device(device)
+    place = choose_device(device)
     if checks.are_checkpoints(adapters):
         from loraforge.merging.models.merge import merge_models
 
-        checks.refuse_for_models(output_kind, format, heads_from, uniform_rank=uniform_rank, budget=budget)
+        checks.refuse_for_models(
+            {
+                "--format": format != "auto", "--from": heads_from is not None, "--uniform-rank": uniform_rank,
+                "--budget": budget is not None, "--force": force, "--ignore-unknown": ignore_unknown,
+            }
+        )  # fmt: skip
         report = merge_models(
             [os.fspath(a) for a in adapters if not isinstance(a, Adapter)], row, parameters,
             weights=weights, base=base, out=out, rule=rule,

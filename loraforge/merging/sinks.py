@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -161,6 +162,8 @@ def fingerprint(job: Job, output: Output) -> dict[str, Any]:
         "rank_rule": asdict(job.rule) | {"budget": job.budget},
         "post": None if job.post is None else asdict(job.post),
         "adapters": [adapter.sha256 for adapter in job.adapters],
+        "base": getattr(job.loader, "sha256", None),
+        "stats": [_digest(found) for found in job.stats],
         "keys": list(job.keys),
         "on_missing": job.on_missing,
         "device": job.device.type,
@@ -168,6 +171,15 @@ def fingerprint(job: Job, output: Output) -> dict[str, Any]:
         "dtype": str(output.dtype).removeprefix("torch."),
         "modules": list(job.modules),
     }
+
+
+def _digest(found: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the statistics of one adapter."""
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode())
+        digest.update(found[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _factors(piece: Piece) -> LowRank:

@@ -159,12 +159,11 @@ def _truncate(
     pairs = [update for update in merged if isinstance(update, LowRank)]
     found.update(zip(low, truncate_many(pairs, [rules[i] for i in low]), strict=True))
     rest = [index for index in range(len(merged)) if index not in found]
-    bounds = [_stacked_rank(layer) for layer in layers]
 
     def sketch(index: int) -> Truncated:
         update, rule = merged[index], rules[index]
         # A dense result of adapters (it has no low rank of its own) is bounded like a stream of rows: R of the module.
-        bound = getattr(update, "rank_bound", None) or bounds[index] or min(update.shape)
+        bound = getattr(update, "rank_bound", None) or _stacked_rank(layers[index]) or min(update.shape)
         rank = bound if rule.is_lossless and job.budget is None else rule.rank
         most = min(bound, rule.max_rank or bound)
         return low_rank(update, replace(rule, rank=rank, max_rank=max(most, rule.min_rank)), layers[index].module)

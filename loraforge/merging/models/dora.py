@@ -126,6 +126,11 @@ class DoraLoader:
         self._skeleton = read_skeleton(self._base)
         self._matrices: dict[int, tuple[Adapter, BaseMatrices]] = {}
 
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the base's weights."""
+        return self._base.sha256
+
     def __call__(self, adapter: Adapter, module: str, notes: list[str]) -> Any:
         """The update of a module: LowRank, or Dense where the loader was asked for whole ones.
 
