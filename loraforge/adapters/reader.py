@@ -51,6 +51,7 @@ class Adapter:
         self.metadata: Mapping[str, str] = dict(file.metadata)
         self.heads = tuple(sorted(contents.heads, key=natural_key))
         self.extras = tuple(sorted(contents.extras, key=natural_key))
+        self._stack: tuple[tuple[str, ...], list[Tensor]] = ((), [])
         self._file, self._whole = file, {**contents.extras, **contents.heads}
         self._set_parts(contents.parts)
 
@@ -164,7 +165,6 @@ class Adapter:
 
     def _set_parts(self, parts: Mapping[str, Part]) -> None:
         self._parts = dict(parts)
-        self._stack: tuple[tuple[str, ...], list[Tensor]] = ((), [])
         self.modules = tuple(sorted(parts, key=natural_key))
         self.modules_set = frozenset(self.modules)
 
