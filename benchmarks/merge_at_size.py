@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -94,7 +93,7 @@ def child(method: str, out: str, *paths: str) -> None:
     figures = {
         "cpu_seconds": spent,
         "seconds": lasted,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": report["peak_rss_bytes"],
         "read_share": phases.get("read", 0.0) / lasted,
         "phases": phases,
         "kept_energy": report["kept_energy"],

@@ -134,6 +134,7 @@ class LayerInputs:
         keys: One word an adapter that does not depend on the order; random draws are keyed (seed, module, key).
         stats: One entry an adapter: (n,) float64 input statistic of the module, or None where none was given.
         context: What the method's survey found over all modules; None for methods without one.
+        rounding: Dtype whose rounding the factors carry, where they were widened; None for their own.
         only_present: Adapters that lack the module do not count (`--on-missing present`); otherwise their delta is 0.
     """
 
@@ -144,6 +145,7 @@ class LayerInputs:
     stats: Sequence[Tensor | None] = ()
     context: Any = field(default=None, repr=False)
     only_present: bool = False
+    rounding: torch.dtype | None = None
 
     @property
     def present(self) -> list[tuple[float, Update]]:

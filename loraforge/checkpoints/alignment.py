@@ -37,7 +37,8 @@ def align(base: Checkpoint, model: Checkpoint) -> Alignment:
     bare model), that prefix is put aside.
 
     Raises:
-        LoraforgeError: Most tensors of the base are not in the model.
+        LoraforgeError: Most tensors of the base are not in the model, or a tensor of its repeated layers has another
+            shape there.
     """
     best = _names(base, model, "", "")
     way = ("", "")
@@ -55,6 +56,7 @@ def align(base: Checkpoint, model: Checkpoint) -> Alignment:
             expected="a fine-tuned copy of the base: the same names and shapes",
             hint="give the model that it was fine-tuned from as --base",
         )
+    _check_layers(base, model, best, *way)
     notes = []
     if way != ("", ""):
         notes.append(f"{model.name}: its names carry '{way[1]}'" if way[1] else f"{model.name}: lacks '{way[0]}'")
@@ -62,6 +64,30 @@ def align(base: Checkpoint, model: Checkpoint) -> Alignment:
     missing = tuple(name for name in base.names if name not in best)
     own = tuple(name for name in model.names if name not in taken)
     return Alignment(best, missing, own, tuple(notes))
+
+
+def _check_layers(base: Checkpoint, model: Checkpoint, found: dict[str, str], strip: str, add: str) -> None:
+    """Refuses tensors of another shape that repeat with the layers: a head may differ, layers are the model itself.
+
+    Raises:
+        LoraforgeError: Naming one with both shapes.
+    """
+    repeated: dict[str, list[tuple[str, str]]] = {}
+    for name in base.names:
+        other = add + name[len(strip) :] if name.startswith(strip) else name
+        if name not in found and other in model:
+            pattern = ".".join("#" if part.isdecimal() else part for part in name.split("."))
+            repeated.setdefault(pattern, []).append((name, other))
+    wrong = [pair for group in repeated.values() if len(group) > 1 for pair in group]
+    if wrong:
+        name, other = wrong[0]
+        raise LoraforgeError(
+            f"The model does not belong to this base: {len(wrong)} tensors of its layers have another shape",
+            where=f"{model.path}: {other}",
+            got=f"{list(model.shape(other))}, in the base {list(base.shape(name))}",
+            expected="a fine-tuned copy of the base",
+            hint="give the model that it was fine-tuned from as --base",
+        )
 
 
 def _names(base: Checkpoint, model: Checkpoint, strip: str, add: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -153,24 +153,25 @@ Init = Annotated[
 ]
 Verify = Annotated[bool | None, typer.Option("--verify/--no-verify", help="Same as --set verify.", show_default=False)]
 
-# Sugar of `--set` for the data-free methods.
-Density = Annotated[float | None, typer.Option("--density", help="Same as --set density.", show_default=False)]
-Scope = Annotated[str | None, typer.Option("--scope", help="Same as --set scope.", show_default=False)]
-CommonFraction = Annotated[
-    float | None, typer.Option("--common-fraction", help="Same as --set common_fraction.", show_default=False)
-]
-MeanOver = Annotated[str | None, typer.Option("--mean-over", help="Same as --set mean_over.", show_default=False)]
-Alpha = Annotated[float | None, typer.Option("--alpha", help="Same as --set alpha.", show_default=False)]
-TargetNorm = Annotated[str | None, typer.Option("--target-norm", help="Same as --set target_norm.", show_default=False)]
-Keep = Annotated[str | None, typer.Option("--keep", help="Same as --set keep.", show_default=False)]
-PruneLevel = Annotated[str | None, typer.Option("--prune-level", help="Same as --set prune_level.", show_default=False)]
-Iters = Annotated[int | None, typer.Option("--iters", help="Same as --set iters.", show_default=False)]
-Sparsity = Annotated[float | None, typer.Option("--sparsity", help="Same as --set sparsity.", show_default=False)]
-RankRatio = Annotated[float | None, typer.Option("--rank-ratio", help="Same as --set rank_ratio.", show_default=False)]
-RankBasis = Annotated[str | None, typer.Option("--rank-basis", help="Same as --set rank_basis.", show_default=False)]
-Center = Annotated[str | None, typer.Option("--center", help="Same as --set center.", show_default=False)]
-T = Annotated[float | None, typer.Option("--t", help="Same as --set t.", show_default=False)]
-Ridge = Annotated[float | None, typer.Option("--ridge", help="Same as --set ridge.", show_default=False)]
+
+# The same as `--set NAME=VALUE`, for the parameters of the data-free methods that are asked for most.
+def _sugar(name: str, text: str) -> Any:
+    return typer.Option(name, help=text, show_default=False)
+
+
+CommonFraction = Annotated[float | None, _sugar("--common-fraction", "Share of common directions (iso-cts).")]
+MeanOver = Annotated[str | None, _sugar("--mean-over", "Average over support | full (iso-*).")]
+Alpha = Annotated[float | None, _sugar("--alpha", "Strength of the merged update (iso-*).")]
+TargetNorm = Annotated[str | None, _sugar("--target-norm", "none | nuclear | fro | mean-adapter (iso-*).")]
+Keep = Annotated[str | None, _sugar("--keep", "largest | smallest entries stay (iso-iasad).")]
+PruneLevel = Annotated[str | None, _sugar("--prune-level", "row | element (iso-iasad).")]
+Iters = Annotated[int | None, _sugar("--iters", "Rounds of the split (iso-iasad).")]
+Sparsity = Annotated[float | None, _sugar("--sparsity", "Compression rate of the split (iso-iasad).")]
+RankRatio = Annotated[float | None, _sugar("--rank-ratio", "Low-rank share of the split (iso-iasad).")]
+RankBasis = Annotated[str | None, _sugar("--rank-basis", "budget | lora (iso-iasad).")]
+Center = Annotated[str | None, _sugar("--center", "none | mean | drop-mean (iso-iasad).")]
+T = Annotated[float | None, _sugar("--t", "Place between the two adapters, 0 to 1 (slerp).")]
+Ridge = Annotated[float | None, _sugar("--ridge", "Regularisation (wudi).")]
 DocumentCompat = Annotated[
     bool | None,
     typer.Option("--document-compat", help="rsvd as its document's code does it, step by step.", show_default=False),

@@ -47,12 +47,18 @@ def check_place(path: Path, *, overwrite: bool, inputs: Sequence[str | Path]) ->
         raise LoraforgeError("the output cannot be written there", where=path, got=f"no writable folder at {parent}")
 
 
-def check_output(out: Path, *, overwrite: bool, inputs: Sequence[str | Path]) -> None:
+def check_output(out: Path, *, overwrite: bool, inputs: Sequence[str | Path], resume: bool = False) -> None:
     """Refuses a folder for an adapter by the rules of `check_place` and those of the writer, before any work.
 
     Raises:
         LoraforgeError: With the path and what to do.
     """
+    if resume and not overwrite and (out / "run.json").is_file():
+        raise LoraforgeError(
+            "the output is there and whole: there is nothing to resume",
+            where=out,
+            hint="use it, or add --overwrite (without --resume) to make it anew",
+        )
     check_place(out, overwrite=overwrite, inputs=inputs)
     if out.exists():
         from loraforge.storage.atomic import check_target

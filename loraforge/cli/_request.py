@@ -96,7 +96,7 @@ def build_request(options: Mapping[str, Any]) -> MergeRequest:
     else:
         files = [wanted.get("calibration"), wanted.get("stats")]
         inputs = input_paths(adapters, wanted.get("base"), files, options["recipe"])
-        check_output(out, overwrite=overwrite, inputs=inputs)
+        check_output(out, overwrite=overwrite, inputs=inputs, resume=bool(wanted.get("resume")))
         arguments |= {"out": out, "overwrite": overwrite}
         check_report(report, overwrite=overwrite, inputs=inputs)
     return MergeRequest(arguments, out, report, overwrite, tuple(wanted.get("notes", ())))
@@ -115,6 +115,8 @@ def _wanted(options: Mapping[str, Any]) -> dict[str, Any]:
     from loraforge.recipes import load_recipe, merge_recipe
 
     recipe: dict[str, Any] = {}
+    if options["preset"] and options["method"]:
+        _check_preset(options["preset"], options["method"])
     for source in (preset_of(options["preset"], options["method"]), options["recipe"]):
         if source:
             recipe = merge_recipe(recipe, load_recipe(source))
@@ -191,6 +193,26 @@ def read_files(entries: Sequence[str], option: str) -> dict[str, str] | list[str
         expected = "NAME=FILE for every adapter, or FILE for every adapter"
         raise UsageError(f"{option} is given by name and in order", got=", ".join(entries), expected=expected)
     return named or plain or None
+
+
+def _check_preset(name: str, method: str) -> None:
+    """Refuses a preset of parameters that belong to another method.
+
+    Raises:
+        UsageError: Naming both.
+    """
+    from loraforge.merging.methods import find_method
+    from loraforge.recipes import load_recipe
+
+    preset = load_recipe(preset_of(name, method) or name)
+    named = preset.get("method")
+    row = find_method(method)
+    if preset.get("params") and named and row.params != find_method(str(named)).params:
+        raise UsageError(
+            f"preset '{name}' has parameters of method '{named}'",
+            got=f"--method {row.name}",
+            hint="leave one of them out",
+        )
 
 
 def preset_of(name: str | None, method: str | None) -> str | None:

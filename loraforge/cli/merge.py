@@ -180,10 +180,19 @@ def _how_to_load(out: Path) -> list[str]:
     if (out / "adapter_config.json").is_file():
         code = ["from peft import PeftModel", f'model = PeftModel.from_pretrained(base_model, "{out}")']
     elif (out / "config.json").is_file():
-        code = ["from transformers import AutoModel", f'model = AutoModel.from_pretrained("{out}")']
+        name = _class_of(out / "config.json")
+        code = [f"from transformers import {name}", f'model = {name}.from_pretrained("{out}")']
     else:
         return []
     return ["load it:", *(f"  {line}" for line in code)]
+
+
+def _class_of(config: Path) -> str:
+    """The class that a model's configuration names."""
+    from json import loads
+
+    found = loads(config.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+    return str(found[0])
 
 
 def _shape(shape: list[int]) -> str:

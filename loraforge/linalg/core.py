@@ -35,12 +35,14 @@ class Core:
         right: (n, q) orthonormal columns, or None for the identity.
         blocks: C_i (p, q) with weight and scaling folded in, one an adapter; None where it lacks the module.
         dtype: Dtype of the result: float64 where any input is, else float32.
+        cut_dtype: Dtype whose rounding the inputs carry: what is under it is no direction.
     """
 
     left: Tensor | None
     right: Tensor | None
     blocks: Sequence[Tensor | None]
     dtype: torch.dtype
+    cut_dtype: torch.dtype
 
     @property
     def present(self) -> list[Tensor]:
@@ -102,7 +104,7 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
         found = [None if f is None else f.delta(torch.float64) * w for w, f in pairs]
         if not all(bool(torch.isfinite(block).all()) for block in found if block is not None):
             raise LoraforgeError("A task vector holds NaN or Inf", where=layer.module)
-        return Core(None, None, found, dtype)
+        return Core(None, None, found, dtype, layer.rounding or dtype)
     low = [(w, f if isinstance(f, LowRank) else None) for w, f in pairs]
     wide = any(t.dtype == torch.float64 for _, f in low if f is not None for t in (f.B, f.A))
     dtype = torch.float64 if wide else torch.float32
@@ -110,8 +112,9 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
     B, A = torch.cat([b for b, _ in stacked], dim=1), torch.cat([a for _, a in stacked], dim=0)
     # (c B, A / c) is the same adapter: what is rounding is judged with both factors of each at one size.
     balance = torch.cat([(_norm(a) / _norm(b)).sqrt().expand(b.shape[1]) for b, a in stacked])
-    left, over = _basis(B, balance, dtype)
-    right, under = _basis(A.T, 1.0 / balance, dtype)
+    cut = layer.rounding or dtype
+    left, over = _basis(B, balance, cut)
+    right, under = _basis(A.T, 1.0 / balance, cut)
     blocks: list[Tensor | None] = []
     start = 0
     for _, f in low:
@@ -121,7 +124,7 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
         part = slice(start, start + f.rank)
         blocks.append(over[:, part] @ under[:, part].T)
         start += f.rank
-    return Core(left, right, blocks, dtype)
+    return Core(left, right, blocks, dtype, cut)
 
 
 def _is_zero(weight: float, update: Update) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import resource
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ import torch
 import loraforge
 from loraforge.kernels.backend import kernel_report
 from loraforge.merging.job import Job
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process in bytes.
+
+    The kernel's own high-water mark where there is one: ru_maxrss of a child starts at what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None, seconds: float) -> dict[str, Any]:
@@ -29,6 +43,10 @@ def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None
     relative = (lost / total) ** 0.5 if total > 0 else 0.0
     infos = {m: next(a.info(m) for a in job.adapters if m in a.modules_set) for m in job.modules}
     notes = [note for layer in layers for note in layer.get("notes") or ()]
+    if job.loader.summary():
+        notes.append(str(job.loader.summary()))
+    if layers and total == 0.0:
+        notes.append("the merged update is zero in every module")
     return {
         "out": None,
         "method": job.row.name,
@@ -56,7 +74,7 @@ def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None
         "kept_energy": 1.0 - relative**2,
         "seconds": seconds,
         "phases": job.phases,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_rss(),
         "device": str(job.device),
         "seed": getattr(job.params, "seed", seed),
         "kernels": kernel_report(),

@@ -163,3 +163,10 @@ def check_base(
             got="--base",
             hint="leave it out, add --output-kind model to write base + update, or choose iteris-plus",
         )
+
+
+def silent(adapters: Sequence[Adapter]) -> list[str]:
+    """A note for every adapter whose scale is 0 in all modules: it adds nothing."""
+    return [
+        f"{a.name}: alpha is 0, its update is zero" for a in adapters if all(a.info(m).scaling == 0 for m in a.modules)
+    ]

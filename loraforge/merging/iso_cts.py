@@ -44,11 +44,11 @@ def merge_layer(layer: LayerInputs, params: IsoCtsParams) -> Update:
     """
     core = core_of(layer)
     blocks = core.present
-    null = NULL[core.dtype]
-    q = min(blocks[0].shape) if core.left is None else _rank_of_both(blocks, core.dtype)
+    null = NULL[core.cut_dtype]
+    q = min(blocks[0].shape) if core.left is None else _rank_of_both(blocks, core.cut_dtype)
     _, each = split_dimensions(q, len(blocks), params.common_fraction)
     spectra = [torch.linalg.svdvals(C) for C in blocks]
-    own = [min(each, support(values, core.dtype)) for values in spectra]
+    own = [min(each, support(values, core.cut_dtype)) for values in spectra]
     U, S, V = _first(core.total(), q - sum(own), null * max(float(values[0]) for values in spectra))
     parts = [
         _first(C - U @ (U.T @ C), count, null * float(values[0]))
@@ -56,7 +56,7 @@ def merge_layer(layer: LayerInputs, params: IsoCtsParams) -> Update:
         if count
     ]
     stacked = [torch.cat(sides, dim=-1) for sides in zip(*parts, (U, S, V), strict=True)]
-    return core.lift_triplets(polar(stacked[0], core.dtype), stacked[1], polar(stacked[2], core.dtype))
+    return core.lift_triplets(polar(stacked[0], core.cut_dtype), stacked[1], polar(stacked[2], core.cut_dtype))
 
 
 def split_dimensions(q: int, tasks: int, fraction: float) -> tuple[int, int]:

@@ -17,13 +17,22 @@ from loraforge.merging.row import MethodRow
 from loraforge.types import LayerInputs, LowRank
 
 Progress = Callable[[str, str, int, int], None]
-# Reads one module of one adapter as factors; what it has to say of it goes to the second argument's list.
-Loader = Callable[[Adapter, str, list[str]], LowRank]
 
 
-def load_plainly(adapter: Adapter, module: str, notes: list[str]) -> LowRank:
-    """The factors as the file has them."""
-    return adapter.load(module)
+class Loader:
+    """Reads modules of adapters as their files have them."""
+
+    def __call__(self, adapter: Adapter, module: str) -> Any:
+        """The update of one module of one adapter."""
+        return adapter.load(module)
+
+    def lost(self, adapter: Adapter, module: str) -> float:
+        """Frobenius norm of what was cut from a module while it was read."""
+        return 0.0
+
+    def summary(self) -> str | None:
+        """What was cut, in a sentence, or None."""
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +75,7 @@ class Job:
     post: Any = None
     budget: int | None = None
     stats: Sequence[Mapping[str, Tensor]] = ()
-    loader: Loader = load_plainly
+    loader: Loader = field(default_factory=Loader)
     phases: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -90,9 +99,13 @@ class Job:
     def load(self, module: str) -> list[LowRank | None]:
         """The factors of one module, one entry an adapter, on the device."""
         return [
-            self.loader(a, module, self.warnings).to(device=self.device) if module in a.modules_set else None
-            for a in self.adapters
+            self.loader(a, module).to(device=self.device) if module in a.modules_set else None for a in self.adapters
         ]
+
+    def lost(self, module: str) -> float:
+        """Bound on the Frobenius norm of what reading cut from the weighted sum of a module."""
+        pairs = [(w, a) for w, a in zip(self.weights, self.adapters, strict=True) if module in a.modules_set]
+        return sum(abs(w * self.share(module)) * self.loader.lost(a, module) for w, a in pairs)
 
     def share(self, module: str) -> float:
         """What the weights of a module are multiplied by: with `present`, averages run over those that have it."""

@@ -11,7 +11,7 @@ import torch
 from loraforge.adapters import Adapter
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 from loraforge.linalg.rank import RankRule
-from loraforge.merging.job import Loader, load_plainly
+from loraforge.merging.job import Loader
 from loraforge.merging.row import MethodRow
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -154,13 +154,18 @@ def load_statistics(
     return [stats_for(path, modules) for path in stats]
 
 
-def choose_loader(adapters: Sequence[Adapter], base: Any, rule: RankRule) -> Loader:
-    """How modules are read: as they are, or with DoRA turned into an additive update of the base."""
+def choose_loader(row: MethodRow, adapters: Sequence[Adapter], base: Any, rule: RankRule, output_kind: str) -> Loader:
+    """How modules are read: as they are, or with DoRA turned into an additive update of the base.
+
+    That update is whole where a model is written by a method that takes task vectors, else cut to a low rank: by the
+    user's rank rule where there is one.
+    """
     if not any(a.has_dora for a in adapters):
-        return load_plainly
+        return Loader()
     from loraforge.merging.models.dora import DoraLoader
 
-    return DoraLoader(base)
+    whole = output_kind == "model" and row.checkpoints
+    return DoraLoader(base, rule=None if rule.is_lossless else rule, dense=whole)
 
 
 def choose_format(asked: str, adapters: Sequence[Adapter]) -> str:
@@ -171,7 +176,7 @@ def choose_format(asked: str, adapters: Sequence[Adapter]) -> str:
     return shared.pop() if len(shared) == 1 and shared <= {"kohya", "diffusers"} else "peft"
 
 
-def advice(params: Any) -> list[str]:
+def advice(params: Any, *, models: bool = False) -> list[str]:
     """What the parameters say of themselves that a user should know (their `warning`, where they have one)."""
-    found = getattr(params, "warning", None)
+    found = getattr(params, "model_warning" if models else "warning", None)
     return [found] if found else []

@@ -59,7 +59,7 @@ def merge(
     overwrite: bool = False,
     resume: bool = False,
     format: str = "auto",  # noqa: A002
-    output_kind: str = "adapter",
+    output_kind: str | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merges adapters of one base model into one, or full checkpoints into one model.
@@ -99,7 +99,7 @@ def merge(
         overwrite: Replace an earlier output.
         resume: Continue an interrupted run of the same merge to `out`.
         format: "peft", "kohya", "diffusers", or auto: the format that all adapters share, else PEFT.
-        output_kind: "adapter", or "model": base + delta (needs `base` and `out`).
+        output_kind: "adapter", or "model": base + delta (needs `base` and `out`); default: what the inputs are.
         progress: Called with (stage, detail, done, total).
 
     Raises:
@@ -112,7 +112,7 @@ def merge(
         ("on_missing", on_missing, ("zero", "present", "error")),
         ("dtype", dtype, ("auto", *options.DTYPES)),
         ("post", post, ("none", "iso")),
-        ("output_kind", output_kind, ("adapter", "model")),
+        ("output_kind", output_kind or "adapter", ("adapter", "model")),
         ("format", format, ("auto", "peft", "kohya", "diffusers")),
     ):
         options.check_choice(name, value, known)
@@ -136,6 +136,7 @@ def merge(
 
         checks.refuse_for_models(
             {
+                "--output-kind adapter": output_kind == "adapter",
                 "--format": format != "auto", "--from": heads_from is not None, "--uniform-rank": uniform_rank,
                 "--budget": budget is not None, "--force": force, "--ignore-unknown": ignore_unknown,
             }
@@ -148,9 +149,10 @@ def merge(
             progress=progress,
         )  # fmt: skip
         return MergeResult({}, report, [], HeadsPlan(), options.DTYPES["float32"])
+    kind = output_kind or "adapter"
     opened = checks.open_all(adapters, ignore_unknown)
     forced = check_compatible(opened, force)
-    checks.check_base(row, opened, base, output_kind, out, dry_run=dry_run)
+    checks.check_base(row, opened, base, kind, out, dry_run=dry_run)
     heads = resolve_heads(opened, heads_from)
     modules = all_modules(opened)
     checks.check_missing(opened, modules, on_missing)
@@ -172,21 +174,27 @@ def merge(
         post=options.post_params(row, parameters, post),
         budget=options.check_budget(row, budget, rule, uniform_rank=uniform_rank),
         stats=options.load_statistics(row, stats, names, modules),
-        loader=options.choose_loader(opened, base, rule),
-        warnings=[*forced, *heads.notes, *(note for a in opened for note in a.notes), *options.advice(parameters)],
+        loader=options.choose_loader(row, opened, base, rule, kind),
+        warnings=[
+            *forced,
+            *heads.notes,
+            *(note for a in opened for note in a.notes),
+            *options.advice(parameters),
+            *checks.silent(opened),
+        ],
     )
     target = output_dtype(opened) if dtype == "auto" else options.DTYPES[dtype]
     layout = options.choose_format(format, opened)
     output = Output(out, overwrite, resume, layout, target, dtype, heads, seed, started)
     if row.needs == "calibration" or dry_run:
         result = _calibrated(job, output, base, calibration, batch_tokens, template, dry_run=dry_run)
-    elif output_kind == "adapter":
+    elif kind == "adapter":
         return to_disk(job, output) if out is not None and not uniform_rank else to_memory(job, output)
     else:
         return to_model(job, output, base)
     if dry_run or out is None:
         return result
-    if output_kind == "model":
+    if kind == "model":
         return result_to_model(job, output, base, result)
     result.save(out, overwrite, output.format)
     return result

@@ -71,6 +71,11 @@ class IsoParams(_Checked):
             return None
         return "alpha=1: the isotropic papers tune the strength on validation data; --set alpha=... or target_norm=..."
 
+    @property
+    def model_warning(self) -> str | None:
+        """The same for full models."""
+        return IsoParams.warning.fget(self)  # type: ignore[attr-defined]
+
 
 @dataclass(frozen=True)
 class IsoCtsParams(IsoParams):

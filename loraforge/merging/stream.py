@@ -63,7 +63,7 @@ def pieces(job: Job, done: Container[str] = (), *, whole: bool = False) -> Itera
         with job.phase("rank"):
             found = _cut(job, layers, merged, rules, whole=whole)
         for layer, (update, row) in zip(layers, found, strict=True):
-            yield Piece(layer.module, update, row, job.bias(layer.module))
+            yield Piece(layer.module, update, _with_loss(row, job.lost(layer.module)), job.bias(layer.module))
             count += 1
             job.tell("merging", layer.module, count, len(job.modules))
         del layers, merged, found, layer, update  # nothing of this window is alive while the next one is read
@@ -107,7 +107,7 @@ def _merge(job: Job, window: Sequence[str], context: Any) -> tuple[list[LayerInp
         layers = [job.layer(module, context) for module in window]
         if job.post is not None:
             # What is flattened lifts small singular values: their sum must not be rounded before.
-            layers = [replace(layer, factors=[f and f.to(torch.float64) for f in layer.factors]) for layer in layers]
+            layers = [_widened(layer, _stored_dtype(job, layer.module)) for layer in layers]
     with job.phase("merge"):
         return layers, pool_map(lambda layer: function(layer, job.params), layers)
 
@@ -200,7 +200,8 @@ def _cut_row(job: Job, module: str, result: Truncated, *, clamp: bool) -> dict[s
         "module": module,
         "rank": result.factors.rank,
         "kept_energy": result.kept_energy,
-        "relative_error": result.error / total if total > 0 else 0.0,
+        # What is left of a sum that cancels is rounding, not an error of the cut.
+        "relative_error": result.error / total if result.error > 1e-12 * total else 0.0,
         "norm": total,
         "spectrum": S.tolist(),
         "notes": notes,
@@ -212,6 +213,14 @@ def _tell_exact(job: Job, update: Approximation) -> None:
     note = "the exact decomposition is cheaper than a sketch here and was used (exact=auto)"
     if update.exact and getattr(job.params, "exact", None) == "auto" and note not in job.warnings:
         job.warnings.append(note)
+
+
+def _with_loss(row: dict[str, Any], lost: float) -> dict[str, Any]:
+    """The row with what reading cut counted too: the errors add up at most."""
+    if lost == 0.0 or row["norm"] == 0.0:
+        return row
+    relative = min(1.0, row["relative_error"] + lost / row["norm"])
+    return row | {"relative_error": relative, "kept_energy": 1.0 - relative**2}
 
 
 def _row(module: str, update: Merged) -> dict[str, Any]:
@@ -245,3 +254,8 @@ def _stored_dtype(job: Job, module: str) -> torch.dtype:
     """float64 where any adapter stores the module so, else float32: what decides what is rounding of the inputs."""
     stored = {a.info(module).dtype for a in job.adapters if module in a.modules_set}
     return torch.float64 if torch.float64 in stored else torch.float32
+
+
+def _widened(layer: LayerInputs, stored: torch.dtype) -> LayerInputs:
+    """The same module in float64, with the dtype kept whose rounding it carries."""
+    return replace(layer, factors=[f and f.to(torch.float64) for f in layer.factors], rounding=stored)

@@ -29,7 +29,7 @@ def merge_layer(layer: LayerInputs, params: SvcParams) -> Update:
     """
     core = core_of(layer)
     U, S, Vh = torch.linalg.svd(core.total(), full_matrices=False)
-    p = support(S, core.dtype)
+    p = support(S, core.cut_dtype)
     if p == 0:
         return core.lift(core.total())
     U, S, Vh = U[:, :p], S[:p], Vh[:p]
@@ -37,7 +37,7 @@ def merge_layer(layer: LayerInputs, params: SvcParams) -> Update:
     for C in core.present:
         shares = U.T @ C  # a_r^i, one a row
         squares = shares.square().sum(dim=1)
-        there = squares.sqrt() > NULL[core.dtype] * torch.linalg.matrix_norm(C)
+        there = squares.sqrt() > NULL[core.cut_dtype] * torch.linalg.matrix_norm(C)
         overlap = S * (Vh * shares).sum(dim=1) / squares
         counted += torch.where(there, overlap.clamp_min(params.alpha), 0.0)
         tasks += there

@@ -36,9 +36,9 @@ def merge_layer(layer: LayerInputs, params: TsvParams) -> Update:
     left, values, right = [], [], []
     for C in blocks:
         U, S, Vh = torch.linalg.svd(C, full_matrices=False)
-        k = min(most, support(S, core.dtype))
+        k = min(most, support(S, core.cut_dtype))
         left.append(U[:, :k])
         values.append(S[:k])
         right.append(Vh[:k].T)
-    U_star, V_star = polar(torch.cat(left, dim=1), core.dtype), polar(torch.cat(right, dim=1), core.dtype)
+    U_star, V_star = polar(torch.cat(left, dim=1), core.cut_dtype), polar(torch.cat(right, dim=1), core.cut_dtype)
     return core.lift_triplets(U_star, torch.cat(values), V_star)

@@ -41,7 +41,7 @@ def merge_layer(layer: LayerInputs, params: WudiParams) -> Update:
     if params.ridge:
         inverse = S / (S.square() + params.ridge)
     else:
-        inverse = torch.where(torch.arange(S.numel(), device=S.device) < support(S, core.dtype), 1.0 / S, 0.0)
+        inverse = torch.where(torch.arange(S.numel(), device=S.device) < support(S, core.cut_dtype), 1.0 / S, 0.0)
     rows = torch.split(U, [C.shape[0] for C in units])
     # C_i C_i^T / ||C_i|| = ||C_i|| times the same of the unit block.
     scales = [size for size in sizes if size > 0]

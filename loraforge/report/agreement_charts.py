@@ -39,8 +39,8 @@ class Panel:
 PANELS = (
     Panel("cosine", "Cosine of the updates", "1 the same, 0 unrelated, -1 opposite", "PuOr", 0.0, 0.25),
     Panel("sign_conflict", "Sign conflict", "share of entries of opposite sign; 0.5 unrelated", "PuOr_r", 0.5, 0.1),
-    Panel("overlap_out", "Shared output directions", "overlap of column spaces; 0 none, 1 all", "Blues", None, 0.25),
-    Panel("overlap_in", "Shared input directions", "overlap of row spaces; 0 none, 1 all", "Blues", None, 0.25),
+    Panel("overlap_out", "Shared output directions", "overlap of column spaces; 0 none, 1 all", "Blues", None, 1.0),
+    Panel("overlap_in", "Shared input directions", "overlap of row spaces; 0 none, 1 all", "Blues", None, 1.0),
 )
 
 

@@ -90,7 +90,7 @@ def test_matrices_hold_the_numbers_off_the_diagonal() -> None:
 def test_scales_keep_no_relation_in_the_middle() -> None:
     cosine, conflict, shared, _ = charts.PANELS
     assert charts._limits([0.01], cosine) == (-0.25, 0.25) and charts._limits([-0.75, 0.1], cosine) == (-0.75, 0.75)
-    assert charts._limits([0.125], conflict) == (0.125, 0.875) and charts._limits([], shared) == (0.0, 0.25)
+    assert charts._limits([0.125], conflict) == (0.125, 0.875) and charts._limits([], shared) == (0.0, 1.0)
 
 
 def test_many_adapters_have_no_numbers_in_cells() -> None:

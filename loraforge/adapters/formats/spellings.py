@@ -37,7 +37,7 @@ _PEFT_FACTOR = re.compile(r".+\.lora_(?:embedding_)?[AB]\b.*")
 _FOREIGN = (
     (
         re.compile(r"^w_[ab]_\d+$"),
-        "Sam_LoRA tensors (w_a_000, w_b_000: give a key map, see loraforge.adapters.formats.keymap)",
+        "Sam_LoRA tensors (w_a_000, w_b_000; a key map, key_map.json beside the file, makes them readable)",
     ),
     (re.compile(r"\.lora_(diag|E|ranknum)\b"), "KaSA or AdaLoRA tensors"),
     (re.compile(r"\.oft_|\.boft_|\.vera_|\.ia3_|\.on_input$"), "OFT, BOFT, IA3 or VeRA tensors"),

@@ -31,8 +31,10 @@ from torch import Tensor
 from loraforge.adapters import Adapter
 from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError
+from loraforge.linalg.factored import norm
 from loraforge.linalg.rank import RankRule
 from loraforge.linalg.sketch import low_rank
+from loraforge.merging.job import Loader
 from loraforge.merging.models.placing import BaseMatrices
 from loraforge.merging.models.skeleton import read_skeleton
 from loraforge.types import Dense, LowRank
@@ -104,7 +106,7 @@ def dora_update(
     return cut.factors, cut.error / size if size > 0 else 0.0
 
 
-class DoraLoader:
+class DoraLoader(Loader):
     """Reads modules of adapters, DoRA ones as additive updates of the base."""
 
     def __init__(self, base: str | os.PathLike[str], *, rule: RankRule | None = None, dense: bool = False) -> None:
@@ -125,20 +127,17 @@ class DoraLoader:
         self._base, self._rule, self._dense = open_checkpoint(base), rule, dense
         self._skeleton = read_skeleton(self._base)
         self._matrices: dict[int, tuple[Adapter, BaseMatrices]] = {}
+        self._found: dict[tuple[int, str], tuple[LowRank, float, float]] = {}
 
     @property
     def sha256(self) -> str:
         """SHA-256 of the base's weights."""
         return self._base.sha256
 
-    def __call__(self, adapter: Adapter, module: str, notes: list[str]) -> Any:
-        """The update of a module: LowRank, or Dense where the loader was asked for whole ones.
-
-        Args:
-            adapter: The adapter.
-            module: One of its modules.
-            notes: Gets a sentence where something was cut.
-        """
+    def __call__(self, adapter: Adapter, module: str) -> Any:
+        """The update of a module: LowRank (cut, see `lost`), or Dense where the loader was asked for whole ones."""
+        if (id(adapter), module) in self._found:
+            return self._found[id(adapter), module][0]
         plain = adapter.load(module)
         magnitude = adapter.magnitude(module)
         if magnitude is None:
@@ -147,10 +146,26 @@ class DoraLoader:
         if self._dense:
             return additive(plain, magnitude, weight)
         found, error = dora_update(plain, magnitude, weight, self._rule, module)
-        sentence = f"{adapter.name}: {module}: DoRA update cut to rank {found.rank}, relative error {error:.3g}"
-        if sentence not in notes:
-            notes.append(sentence)
+        size = norm(found) / max(1.0 - error**2, 1e-12) ** 0.5
+        # Kept: a survey and the merge read a module several times, and each reading decomposes a dense matrix.
+        self._found[id(adapter), module] = found, size * error, error
         return found
+
+    def lost(self, adapter: Adapter, module: str) -> float:
+        """Frobenius norm of what was cut from a module that was read."""
+        return self._found[id(adapter), module][1] if (id(adapter), module) in self._found else 0.0
+
+    def summary(self) -> str | None:
+        """What was cut, in a sentence."""
+        if not self._found:
+            return None
+        (_, module), (found, _, error) = max(self._found.items(), key=lambda item: item[1][2])
+        ranks = [pair.rank for pair, _, _ in self._found.values()]
+        return (
+            f"{len(ranks)} DoRA modules were cut to rank {min(ranks)} to {max(ranks)}; largest relative error "
+            f"{error:.3g} ({module}, rank {found.rank}); the totals count it, --rank or --energy choose another cut, "
+            "--output-kind model cuts nothing"
+        )
 
     def _weights_of(self, adapter: Adapter) -> BaseMatrices:
         """The base's weights under this adapter's names."""

@@ -124,7 +124,7 @@ def merge_models(
         progress=progress,
         post=post,
         stats=_statistics(stats, names, plan.matrices, row, skeleton),
-        warnings=[*notes_of(names, alignments, on_missing, resume=resume), *options.advice(params)],
+        warnings=[*notes_of(names, alignments, on_missing, resume=resume), *options.advice(params, models=True)],
     )
     target = None if dtype == "auto" else options.DTYPES[dtype]
     if dry_run:
