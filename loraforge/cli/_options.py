@@ -159,6 +159,8 @@ def _sugar(name: str, text: str) -> Any:
     return typer.Option(name, help=text, show_default=False)
 
 
+Density = Annotated[float | None, _sugar("--density", "Share of the entries kept (ties, dare, breadcrumbs, ...).")]
+Scope = Annotated[str | None, _sugar("--scope", "global | module: what thresholds or angles are taken over.")]
 CommonFraction = Annotated[float | None, _sugar("--common-fraction", "Share of common directions (iso-cts).")]
 MeanOver = Annotated[str | None, _sugar("--mean-over", "Average over support | full (iso-*).")]
 Alpha = Annotated[float | None, _sugar("--alpha", "Strength of the merged update (iso-*).")]
