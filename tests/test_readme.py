@@ -95,11 +95,17 @@ def test_method_table_is_the_programs() -> None:
     assert shown == [line for line in method_table() if not line.startswith("|---")]
 
 
-def test_emotion_table_is_the_stored_one() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "real" / "emotion.py"), "--table"]
+@pytest.mark.parametrize(
+    ("marker", "name"),
+    [("emotion-table", "emotion"), ("data-free-table", "emotion-data-free")],
+    ids=["emotion", "data_free"],
+)
+def test_emotion_tables_are_the_stored_ones(marker: str, name: str) -> None:
+    stored_at = ROOT / "benchmarks" / "results" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "real" / "emotion.py"), "--table", "--out", str(stored_at)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     stored = [row for row in printed.splitlines() if row.startswith("|")]
-    shown = [row for row in between("emotion-table").splitlines() if row.startswith("|")]
+    shown = [row for row in between(marker).splitlines() if row.startswith("|")]
     assert len(stored) > 10
     assert shown == stored
 
