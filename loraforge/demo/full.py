@@ -14,7 +14,7 @@ from transformers import ViTForImageClassification
 import loraforge
 from loraforge.demo.digits import Split, as_pixels
 from loraforge.demo.evaluation import accuracy, weight_bytes
-from loraforge.demo.run import DemoRun, relative
+from loraforge.demo.steps import DemoRun, relative
 from loraforge.demo.training import HEAD, Recipe, fit
 
 # Sums of eight full task vectors leave the neighbourhood of the base: the paper of task arithmetic scales them by 0.3.
