@@ -33,6 +33,9 @@ def find_weights(path: Path) -> tuple[Path, Path | None]:
         raise LoraforgeError("There is no such adapter folder or file", where=path, expected=_WANTED)
     config = path / CONFIG_NAME
     named = next((path / name for name in WEIGHT_NAMES if (path / name).is_file()), None)
+    odd = next((path / name for name in WEIGHT_NAMES if (path / name).exists() and not (path / name).is_file()), None)
+    if named is None and odd is not None:
+        raise LoraforgeError("The weights are no regular file", where=odd, expected="a file of tensors")
     inside = shorten(sorted(entry.name for entry in path.iterdir())) or "an empty folder"
     if config.is_file():
         if named is None:

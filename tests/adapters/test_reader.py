@@ -368,3 +368,12 @@ def test_real_sam_files_need_a_key_map(data_dir: Path) -> None:
     assert (len(adapter.modules), adapter.format) == (24, "keymap")
     info = adapter.info("blocks.11.attn.v")
     assert (info.rank, info.scaling, info.m, info.n) == (4, 1.0, 768, 768)
+
+
+def test_weights_that_are_no_file_are_named(tmp_path: Path) -> None:
+    path = simple(tmp_path / "a")
+    (path / "adapter_model.safetensors").unlink()
+    (path / "adapter_model.safetensors").mkdir()
+    with pytest.raises(LoraforgeError, match="no regular file") as caught:
+        open_adapter(path)
+    assert str(path / "adapter_model.safetensors") in str(caught.value.where)
