@@ -104,8 +104,13 @@ def merge(
 def _run(voice: Output, request: MergeRequest, *, dry_run: bool) -> None:
     import loraforge
 
-    with voice.progress() as progress:
-        result = loraforge.merge(**request.arguments, progress=progress)
+    try:
+        with voice.progress() as progress:
+            result = loraforge.merge(**request.arguments, progress=progress)
+    except KeyboardInterrupt:
+        if request.arguments.get("resume"):
+            voice.note("note: what is done is kept; the same command goes on from there")
+        raise
     if dry_run:
         voice.result(
             {"dry_run": True, "out": request.out, "method": request.arguments["method"], "plan": result.report["plan"]}

@@ -227,3 +227,24 @@ def test_an_interrupt_leaves_nothing_behind(moment: str, pair: tuple[Path, Path]
     assert error["exit_code"] == 130
     assert fingerprint(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loras"]
+
+
+def test_an_interrupted_merge_with_resume_says_how_to_go_on(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is done stays in a hidden folder; the same command finishes it."""
+    out = tmp_path / "out"
+    command = ["merge", *map(str, pair), "-m", "svd", "-o", str(out), "--resume"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "writing", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "the same command goes on from there" in stderr
+    assert not out.exists() and list(tmp_path.glob(".out*"))
+    done = subprocess.run([sys.executable, "-m", "loraforge", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "continued an interrupted run" in done.stderr
+    assert (out / "adapter_model.safetensors").is_file() and not list(tmp_path.glob(".out*"))
