@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from loraforge.adapters.heads import unique_names
-from loraforge.adapters.keys import join_alike, natural_key
+from loraforge.adapters.keys import join_alike
 from loraforge.adapters.reader import Adapter, ModuleInfo
 from loraforge.errors import LoraforgeError, raise_problems
+from loraforge.storage.names import natural_key
 
 
 def check_compatible(adapters: Sequence[Adapter], force: bool = False) -> list[str]:

@@ -52,11 +52,6 @@ def shorten(names: Iterable[str], limit: int = 8) -> str:
     return ", ".join(listed[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-
 def join_alike(problems: Sequence[LoraforgeError], limit: int = 5) -> list[LoraforgeError]:
     """At most `limit` problems of one kind, and one more that says how many were left out."""
     kept: list[LoraforgeError] = []

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from loraforge.adapters.config import PeftSettings
 from loraforge.adapters.formats.parts import Contents, ModuleInfo, Part
-from loraforge.adapters.keys import natural_key
 from loraforge.errors import LoraforgeError
 from loraforge.storage.files import TensorFile, sha256_of
+from loraforge.storage.names import natural_key
 from loraforge.types import LowRank
 
 __all__ = ["Adapter", "ModuleInfo", "is_finite"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from loraforge.errors import LoraforgeError
 from loraforge.storage.files import FLOATING, TensorFile, sha256_of
+from loraforge.storage.names import natural_key
 
 CONFIG = "config.json"
 # In the order in which transformers looks for them; then what diffusers writes.
@@ -126,11 +126,6 @@ class Checkpoint:
         if self.folder is None:
             return []
         return [entry for entry in sorted(self.folder.iterdir()) if entry.is_file() and _is_kept(entry.name)]
-
-
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sorts layer 2 before layer 10."""
-    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", name) if p)
 
 
 def _is_kept(name: str) -> bool:

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from loraforge.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint, natural_key
+from loraforge.checkpoints.checkpoint import CONFIG, WEIGHTS, Checkpoint
 from loraforge.checkpoints.shards import SUFFIXES, open_shard
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.storage.files import TensorFile
+from loraforge.storage.names import natural_key
 
 # Parts of the names of adapter factors; diffusers writes "to_q.lora.up.weight".
 _ADAPTER_KEYS = ("lora_", ".lora.", "_lora.", "hada_", "lokr_", ".ia3_")

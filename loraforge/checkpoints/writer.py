@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from loraforge.checkpoints.checkpoint import CONFIG, Checkpoint, natural_key
+from loraforge.checkpoints.checkpoint import CONFIG, Checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.storage.header import DTYPES
+from loraforge.storage.names import natural_key
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4 * 10**9
