@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/c*/*.cpp csrc/c*/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 # One thread: the models here are tiny, and threads that wait for each other cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
@@ -11,7 +11,7 @@ export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench clean setup
+.PHONY: demo test lint bench cuda-check clean setup
 
 demo: $(STAMP)
 	$(BIN)/loraforge demo --out demo-run --overwrite
@@ -28,6 +28,11 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest -q -o addopts= --benchmark-only --benchmark-disable-gc benchmarks/bench_kernels.py
 	$(BIN)/python -m benchmarks.merge_factored
 	$(BIN)/python -m benchmarks.iteris_against_loop
+
+# The CUDA kernels without a GPU: compiled for three architectures, and their text run by the thread emulator.
+cuda-check: $(STAMP)
+	$(BIN)/python csrc/cuda_check.py
+	$(BIN)/python -m pytest -q tests/kernels -k "emulat or cuda_compiles"
 
 setup: $(STAMP)
 

@@ -26,7 +26,12 @@ py::dict build_info() {
 #else
   info["native_flags"] = false;
 #endif
+#ifdef LORAFORGE_CUDA_ARCHS
+  info["devices"] = py::make_tuple("cpu", "cuda");
+  info["cuda_archs"] = LF_TEXT(LORAFORGE_CUDA_ARCHS);
+#else
   info["devices"] = py::make_tuple("cpu");
+#endif
   return info;
 }
 

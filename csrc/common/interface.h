@@ -3,5 +3,5 @@
 #pragma once
 
 namespace loraforge {
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 } // namespace loraforge

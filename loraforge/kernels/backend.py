@@ -1,6 +1,6 @@
 """Which form of an operator runs: the compiled one of `loraforge._C`, or the PyTorch reference beside it.
 
-`LORAFORGE_KERNELS` decides: `auto` (default) takes the compiled form where it was built and the tensors are on the CPU,
+`LORAFORGE_KERNELS` decides: `auto` (default) takes the compiled form where it was built for the device of the tensors,
 `reference` never loads it, `native` refuses to run without it. Every choice is counted, and `kernel_report` shows it.
 """
 
@@ -23,7 +23,7 @@ from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 
 VARIABLE = "LORAFORGE_KERNELS"
 MODES = ("auto", "reference", "native")
-INTERFACE = 1  # as in csrc/common/interface.h
+INTERFACE = 2  # as in csrc/common/interface.h
 BUILD_COMMAND = "pip install -e . --no-build-isolation"
 
 _calls: Counter[tuple[str, str]] = Counter()
@@ -99,47 +99,55 @@ def count(op: str, path: str) -> None:
         _calls[op, path] += 1
 
 
+def native_devices() -> frozenset[str]:
+    """Types of the devices that the build has operators for; empty without a build."""
+    module = _load()[0]
+    return frozenset() if module is None else frozenset(module.build_info()["devices"])
+
+
 def takes_native(op: str, *tensors: Tensor) -> bool:
     """Decides, and counts, whether this call of `op` goes to the compiled form.
 
     Args:
         op: Name of the operator.
-        tensors: Its tensors; the compiled form needs all of them on the CPU.
+        tensors: Its tensors; the compiled form needs all of them on one type of device that it was built for.
 
     Raises:
         UsageError: `LORAFORGE_KERNELS` has an unknown value.
         LoraforgeError: It is `native` and the compiled form is missing, or missing for the device.
     """
     asked = mode()
-    native = asked != "reference" and native_available() and all(t.device.type == "cpu" for t in tensors)
+    devices = {t.device.type for t in tensors}
+    native = asked != "reference" and len(devices) == 1 and devices <= native_devices()
     if not native:
         if asked == "native":
-            _refuse_reference(op, tensors)
+            _refuse_reference(op, devices)
         if asked == "auto":
-            _notice_once()
-    count(op, "native" if native else "reference")
+            _notice_once(devices)
+    count(op, ("cuda" if "cuda" in devices else "native") if native else "reference")
     return native
 
 
-def _refuse_reference(op: str, tensors: tuple[Tensor, ...]) -> None:
-    devices = sorted({t.device.type for t in tensors})
+def _refuse_reference(op: str, devices: set[str]) -> None:
+    built = ", ".join(sorted(native_devices()))
     raise LoraforgeError(
         f"{op} has no compiled form here and {VARIABLE}=native allows no other",
         where=f"environment variable {VARIABLE}",
-        got=_load()[1] if not native_available() else f"tensors on {', '.join(devices)}",
-        expected="a build of loraforge._C" if not native_available() else "tensors on cpu",
+        got=_load()[1] if not built else f"tensors on {', '.join(sorted(devices))}",
+        expected="a build of loraforge._C" if not built else f"tensors on one of: {built}",
         hint=f"{BUILD_COMMAND}, or {VARIABLE}=auto",
     )
 
 
-def _notice_once() -> None:
+def _notice_once(devices: set[str]) -> None:
     global _noticed
-    if _noticed or native_available():
+    missing = "compiled operators" if not native_available() else "CUDA operators"
+    if _noticed or (native_available() and devices != {"cuda"}):
         return
     _noticed = True  # before the warning, which a caller's filter may turn into an exception
+    why = _load()[1] if not native_available() else "loraforge._C was built for the CPU alone"
     warnings.warn(
-        f"compiled operators are not used, PyTorch computes in their place ({_load()[1]}); build them with: "
-        f"{BUILD_COMMAND}",
+        f"{missing} are not used, PyTorch computes in their place ({why}); build them with: {BUILD_COMMAND}",
         LoraforgeKernelNotice,
         stacklevel=4,
     )

@@ -37,7 +37,7 @@ def _build(tree: Path, *, how: list[str] = IN_PLACE, **variables: str) -> tuple[
     mark, compiler = tree / "called", tree / "compiler"
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) touch "{mark}"; exit 1;; esac\necho 12.2.0\n')
     compiler.chmod(0o755)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("LORAFORGE_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LORAFORGE_", "CUDA_", "FORCE_", "TORCH_"))}
     env |= {"CXX": str(compiler), "CC": str(compiler), "MAX_JOBS": "1"} | variables
     done = subprocess.run([sys.executable, *how], cwd=tree, env=env, capture_output=True, text=True, timeout=120)
     return done, mark.exists()
@@ -64,7 +64,8 @@ def test_require_ext_fails_where_it_would_fall_back(tree):
     assert "required (LORAFORGE_REQUIRE_EXT=1) but the compiler failed" in done.stderr
 
 
-def _fake_torch(tree: Path, text: str) -> str:
+def _fake_torch(tree: Path, text: str, *, home: bool = False, fails_on_cuda: bool = False) -> str:
+    """A torch that has a version and a BuildExtension that prints its sources; CUDA_HOME as the environment has it."""
     package = tree / "shadow" / "torch"
     (package / "utils").mkdir(parents=True)
     (package / "__init__.py").write_text(text)
@@ -73,10 +74,13 @@ def _fake_torch(tree: Path, text: str) -> str:
         "from setuptools.command.build_ext import build_ext\n"
         "class BuildExtension(build_ext):\n"
         "    def build_extensions(self):\n"
-        "        print('sources', sorted(self.extensions[0].sources))\n"
+        "        sources = sorted(self.extensions[0].sources)\n"
+        f"        if {fails_on_cuda} and any(s.endswith('.cu') for s in sources): raise RuntimeError('no luck')\n"
+        "        print('sources', sources)\n"
         "        self.extensions = []\n"
-        "def include_paths(): return []\n"
-        "def library_paths(): return []\n"
+        "def include_paths(device_type='cpu'): return []\n"
+        "def library_paths(device_type='cpu'): return []\n"
+        f"import os\nCUDA_HOME = os.environ.get('CUDA_HOME') if {home} else None\n"
     )
     return str(tree / "shadow")
 
@@ -90,10 +94,84 @@ def test_without_torch_the_package_is_pure_python(tree):
     assert done.returncode != 0 and "required" in done.stderr
 
 
-def test_a_cuda_torch_builds_the_cpu_operators_and_says_so(tree):
-    shadow = _fake_torch(tree, "class version: cuda = '13.0'\n__version__ = '2.11.0+cu130'\n")
-    done, _ = _build(tree, PYTHONPATH=shadow)
+CUDA_TORCH = """
+class version: cuda = '13.0'
+class cuda:
+    @staticmethod
+    def device_count(): return 0
+__version__ = '2.11.0+cu130'
+"""
+
+
+def _toolkit(tree: Path, release: str) -> dict[str, str]:
+    """A toolkit whose nvcc answers questions; found through CUDA_HOME."""
+    nvcc = tree / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in --list-gpu-arch) echo compute_80; echo compute_90;; *) "
+        f"echo 'Cuda compilation tools, release {release}, V{release}.88';; esac\n"
+    )
+    nvcc.chmod(0o755)
+    return {"CUDA_HOME": str(tree / "toolkit")}
+
+
+def _sources(*kinds: str) -> str:
+    return f"sources {sorted(str(p.relative_to(ROOT)) for kind in kinds for p in ROOT.glob(kind))}"
+
+
+CPU_SOURCES = ("csrc/*.cpp", "csrc/cpu/*.cpp")
+CUDA_SOURCES = (*CPU_SOURCES, "csrc/cuda/*_torch.cpp", "csrc/cuda/*.cu")
+
+
+def test_a_cuda_torch_with_its_toolkit_builds_both(tree):
+    shadow = _fake_torch(tree, CUDA_TORCH, home=True)
+    done, _ = _build(tree, PYTHONPATH=shadow, **_toolkit(tree, "13.0"))
     assert done.returncode == 0, done.stderr
-    assert "only the CPU operators are built" in done.stderr
-    sources = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
-    assert f"sources {sources}" in done.stdout
+    assert _sources(*CUDA_SOURCES) in done.stdout
+    # No GPU is visible: the usual targets that this nvcc knows.
+    assert "CUDA operators are built for 8.0;9.0a+PTX with" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("home", "release", "why"),
+    [
+        (False, "13.0", "there is no nvcc: set CUDA_HOME to a CUDA toolkit"),
+        (True, "12.4", "nvcc is of CUDA 12 and torch of CUDA 13.0"),
+    ],
+)
+def test_a_cuda_torch_without_a_fitting_toolkit_builds_the_cpu_operators_and_says_why(tree, home, release, why):
+    shadow = _fake_torch(tree, CUDA_TORCH, home=home)
+    variables = {"PYTHONPATH": shadow, **_toolkit(tree, release)}
+    done, _ = _build(tree, **variables)
+    assert done.returncode == 0, done.stderr
+    assert f"CUDA operators are not built: {why}" in done.stderr and _sources(*CPU_SOURCES) in done.stdout
+    done, _ = _build(tree, FORCE_CUDA="1", **variables)
+    assert done.returncode != 0 and f"required (FORCE_CUDA=1) but {why}" in done.stderr
+
+
+def test_cuda_sources_that_do_not_compile_leave_the_cpu_operators(tree):
+    shadow = _fake_torch(tree, CUDA_TORCH, home=True, fails_on_cuda=True)
+    variables = {"PYTHONPATH": shadow, **_toolkit(tree, "13.0")}
+    done, _ = _build(tree, **variables)
+    assert done.returncode == 0, done.stderr
+    assert "building the CPU operators alone" in done.stderr and _sources(*CPU_SOURCES) in done.stdout
+    done, _ = _build(tree, FORCE_CUDA="1", **variables)
+    assert done.returncode != 0 and "required (FORCE_CUDA=1) but the compiler failed" in done.stderr
+
+
+def test_forcing_cuda_on_a_cpu_torch_is_refused(tree):
+    shadow = _fake_torch(tree, "class version: cuda = None\n__version__ = '2.13.0+cpu'\n")
+    done, compiled = _build(tree, PYTHONPATH=shadow, FORCE_CUDA="1")
+    assert done.returncode != 0 and not compiled
+    assert "required (FORCE_CUDA=1) but torch is a CPU build" in done.stderr
+
+
+def test_the_toolkit_of_a_wrapped_nvcc_is_found(tree):
+    """nvcc on PATH is a script outside of the toolkit: what it says of its own place counts."""
+    folder = tree / "path"
+    folder.mkdir()
+    (folder / "nvcc").write_text("#!/bin/sh\necho '#$ _HERE_=/opt/toolkit-13/bin'\n")
+    (folder / "nvcc").chmod(0o755)
+    shadow = _fake_torch(tree, CUDA_TORCH, home=True)
+    done, _ = _build(tree, PYTHONPATH=shadow, PATH=f"{folder}:{os.environ['PATH']}")
+    assert "CUDA_HOME=/opt/toolkit-13 holds no nvcc that runs" in done.stderr
