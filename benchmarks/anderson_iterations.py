@@ -3,17 +3,27 @@
 Number of solves until the relative change of all merged deltas is below 1e-6, by the independent oracle of the tests:
 feed-forward stacks, residual stacks, and one module run six times (weights tied across depth). Three seeds each.
 
+And what a step of the mixer costs on flat states: its ring buffers against a history kept as a list of states, which is
+stacked, differenced and multiplied anew at every step.
+
     python -m benchmarks.anderson_iterations        # -> results/anderson-iterations.json, about a minute
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from benchmarks.machine import describe
+from loraforge.bench.machine import describe
+from loraforge.kernels.anderson import anderson_dots, anderson_mix
+from loraforge.linalg.anderson import AndersonMixer
 from tests.oracles import iteris as oracle
 
 WIDTH, RANK, TASKS, TOKENS, LIMIT, TOLERANCE = 24, 4, 2, 240, 40, 1e-6
@@ -53,6 +63,61 @@ def solves(net: dict, rule: oracle.Anderson | None, seed: int) -> int | None:
     return None
 
 
+class StackedHistory:
+    """The same mixing on lists of states, with the same two operators."""
+
+    def __init__(self, history: int) -> None:
+        self.history = history
+        self.states: list[Tensor] = []
+        self.residuals: list[Tensor] = []
+
+    def step(self, state: Tensor, image: Tensor) -> Tensor:
+        """As AndersonMixer.step with its defaults."""
+        self.states = [*self.states, state][-self.history - 1 :]
+        self.residuals = [*self.residuals, image - state][-self.history - 1 :]
+        m = len(self.states) - 1
+        if m == 0:
+            return image
+        residuals = torch.stack(self.residuals)
+        differences = residuals[1:] - residuals[:-1]
+        right = anderson_dots(differences, residuals[-1])[:m]
+        normal = torch.stack([anderson_dots(differences, d)[:m] for d in differences])
+        normal += 1e-6 * float(normal.diagonal().mean()) * torch.eye(m, dtype=torch.float64, device=normal.device)
+        gamma = torch.linalg.lstsq(normal.cpu(), right.cpu()[:, None], driver="gelsd").solution[:, 0].to(right.device)
+        padded = torch.cat([gamma.new_zeros(1), gamma, gamma.new_ones(1)])
+        mixed = torch.empty_like(image)
+        anderson_mix(torch.stack(self.states), residuals, padded[1:] - padded[:-1], 1.0, mixed)
+        return image if float((mixed - image).norm()) > 2.0 * float(image.norm()) else mixed
+
+
+def step_times(unknowns: int, history: int = 5, steps: int = 10) -> dict[str, float]:
+    """Milliseconds of a step with a full history (median), for both ways of keeping it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    ways: dict[str, Callable[[], AndersonMixer | StackedHistory]] = {
+        "stacked history": lambda: StackedHistory(history),
+        "ring buffers": lambda: AndersonMixer(history),
+    }
+    fixed = torch.randn(unknowns, dtype=torch.float64, generator=generator).to(device)
+    noise = [torch.randn(unknowns, dtype=torch.float64, generator=generator).to(device) for _ in range(4)]
+    for name, make in ways.items():
+        mixer, times, w = make(), [], torch.zeros_like(fixed)
+        for k in range(history + steps):
+            # A contraction with a little noise, so that no history degenerates.
+            image = 0.5 * (w + fixed) + 1e-3 * 0.5**k * noise[k % 4]
+            if device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            w = mixer.step(w, image)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if k >= history:
+                times.append(1e3 * (time.perf_counter() - begin))
+        found[name] = round(statistics.median(times), 2)
+    return found
+
+
 def main() -> None:
     rows = {
         name: {rule: [solves(net, how, seed) for seed in range(3)] for rule, how in RULES.items()}
@@ -62,10 +127,14 @@ def main() -> None:
         "what": f"solves to a relative change of {TOLERANCE:g} (null: not in {LIMIT}), seeds 0 to 2",
         **describe(),
     }
+    sizes = {f"{unknowns:,} unknowns, history 5": step_times(unknowns) for unknowns in (65_536, 2_000_000)}
     out = Path(__file__).with_name("results") / "anderson-iterations.json"
-    out.write_text(json.dumps({**result, "solves": rows}, indent=1) + "\n", encoding="utf-8")
+    whole = {**result, "solves": rows, "step_ms": sizes}
+    out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
         print(f"{name:24}", "  ".join(f"{rule}: {found}" for rule, found in row.items()))
+    for name, ms in sizes.items():
+        print(f"{name:34}", "  ".join(f"{way}: {t} ms" for way, t in ms.items()))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loraforge as lf
-from benchmarks.machine import describe
+from loraforge.bench.machine import describe
 
 SHAPES = {"q_proj": (2048, 1024), "v_proj": (1024, 1024)}
 RANK, ALPHA, EPS = 32, 16, 1e-12

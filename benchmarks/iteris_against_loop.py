@@ -78,7 +78,7 @@ def run_side(side: str, folder: Path) -> None:
     import torch
 
     import loraforge
-    from benchmarks.peers.document_loop import document_loop
+    from loraforge.bench.peers.document_loop import document_loop
 
     torch.set_num_threads(1)
     model, adapters, ids = build()
@@ -120,7 +120,7 @@ def objective(folder: Path, side: str) -> float:
     """The IterIS objective of one side's deltas on the calibration data: missed share of the task outputs."""
     import torch
 
-    from benchmarks.peers.document_loop import iteris_objective
+    from loraforge.bench.peers.objective import iteris_objective
 
     model, adapters, ids = build()
     batches = [[{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in task.split(16)] for task in ids]
@@ -139,7 +139,7 @@ def main() -> None:
     if options.side:
         run_side(options.side, options.folder)
         return
-    from benchmarks.machine import describe
+    from loraforge.bench.machine import describe
 
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe
 from benchmarks.merge_factored import make_adapters, make_peft
+from loraforge.bench.machine import describe
 from loraforge.linalg.factored import truncate_many
 from loraforge.linalg.flatten import flatten_update
 from loraforge.linalg.rank import RankRule

@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.machine import describe
+from loraforge.bench.machine import describe
 from loraforge.linalg.factored import stack, truncate_many
 from loraforge.linalg.rank import RankRule
 from loraforge.types import LowRank

@@ -15,6 +15,7 @@ from loraforge.adapters import Adapter, all_modules, open_adapter, unique_names,
 from loraforge.checkpoints import looks_like_checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.linalg.agreement import ENTRIES, Agreement, agreement
+from loraforge.linalg.device import ON_CPU, choose_device, named_when_full
 from loraforge.linalg.rank import energy_rank
 from loraforge.linalg.spectrum import effective_rank, stable_rank
 from loraforge.types import LowRank
@@ -29,12 +30,13 @@ _SHARES = {
 _RANKS = ("effective_rank", "stable_rank", "rank_90", "rank_99")
 
 
-def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
+def inspect(paths: Paths, *, sign_entries: int = ENTRIES, device: str = "auto") -> dict[str, Any]:
     """Describes adapters and compares their deltas.
 
     Args:
         paths: One adapter or several. They need not belong to one base: modules of one name and shape are compared.
         sign_entries: Entries of a module whose signs are compared, about; all where it has no more.
+        device: auto, cpu, cuda or cuda:i.
 
     Returns:
         JSON-ready. `adapters`: one entry each with format, notes, kinds, sizes and its `modules` (shape, kind, rank,
@@ -46,6 +48,7 @@ def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
         shared or a delta is zero.
 
     Raises:
+        UsageError: An unknown device.
         LoraforgeError: A path is no readable adapter; a full checkpoint.
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
@@ -53,6 +56,7 @@ def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
         raise LoraforgeError("No adapter was given", expected="one or more adapters")
     for path in listed:
         _refuse_checkpoint(Path(path))
+    place = choose_device(device)
     adapters = with_common_names([open_adapter(path) for path in listed])
     names = unique_names(adapters)
     entries = [_describe(adapter, name) for adapter, name in zip(adapters, names, strict=True)]
@@ -61,7 +65,8 @@ def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
     conflicts: dict[str, Any] = {}
     for module in all_modules(adapters):
         pairs = [adapter.load(module) if module in adapter.modules_set else None for adapter in adapters]
-        found = agreement(pairs, sign_entries)
+        with named_when_full(place, "comparing adapters", module, ON_CPU):
+            found = agreement([None if pair is None else pair.to(device=place) for pair in pairs], sign_entries)
         for entry, adapter, pair, spectrum in zip(entries, adapters, pairs, found.spectra, strict=True):
             if pair is not None and spectrum is not None:
                 entry["modules"].append(_module(module, adapter, pair, spectrum))
@@ -75,6 +80,7 @@ def inspect(paths: Paths, *, sign_entries: int = ENTRIES) -> dict[str, Any]:
         entry |= {key: _mean([module[key] for module in entry["modules"]]) for key in _RANKS}
     return {
         "adapters": entries,
+        "device": str(place),
         "coverage": _coverage(adapters, names),
         "cosine": _cosines(total),
         **{key: _ratio(total[one], total[other]) for key, (one, other) in _SHARES.items()},

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ from loraforge.adapters import (
 )
 from loraforge.adapters.keys import shorten
 from loraforge.errors import LoraforgeError, UsageError
+from loraforge.kernels.backend import kernel_report
 from loraforge.linalg.budget import share_budget
+from loraforge.linalg.device import ON_CPU, choose_device, named_when_full, peak_bytes
 from loraforge.linalg.factored import Truncated, pad, truncate_many
 from loraforge.linalg.rank import RankRule, choose
 from loraforge.linalg.spectrum import singular_values
@@ -51,6 +53,7 @@ def resize(
     max_rank: int | None = None,
     uniform_rank: bool = False,
     dtype: str = "auto",
+    device: str = "auto",
     format: str = "auto",  # noqa: A002
     overwrite: bool = False,
     ignore_unknown: bool = False,
@@ -71,6 +74,7 @@ def resize(
         max_rank: Upper clamp of the rank.
         uniform_rank: Pad all modules with zeros to one rank.
         dtype: Of the written factors: auto (that of the source), float32, bfloat16 or float16.
+        device: auto, cpu, cuda or cuda:i.
         format: Of the output: auto (that of the source), peft, kohya or diffusers.
         overwrite: Replace an earlier output.
         ignore_unknown: Leave out keys of the source that belong to nothing.
@@ -78,8 +82,8 @@ def resize(
 
     Returns:
         JSON-ready, the content of run.json: out, params, adapters, modules, rank_max, parameters, parameters_before,
-        relative_error, kept_energy, dtype, rounding, bytes, seconds, warnings, and `layers`, a row a module. Errors are
-        those of the cut; `rounding` is that of the cast to the written dtype.
+        relative_error, kept_energy, dtype, rounding, bytes, device, peak_device_bytes, kernels, seconds, warnings, and
+        `layers`, a row a module. Errors are those of the cut; `rounding` is that of the cast to the written dtype.
 
     Raises:
         LoraforgeError: The source cannot be read, has DoRA magnitudes, or the budget is too small.
@@ -88,11 +92,12 @@ def resize(
     started = time.perf_counter()
     rule = RankRule(rank, energy, min_rank, max_rank, nuclear, ratio, fro_error)
     _check_rule(rule, budget, uniform_rank=uniform_rank)
+    place = choose_device(device)
     adapter = src if isinstance(src, Adapter) else open_adapter(src, ignore_unknown=ignore_unknown)
     _check_plain(adapter)
     rules: Mapping[str, RankRule] = dict.fromkeys(adapter.modules, rule)
     if budget is not None or uniform_rank:
-        rules = _planned(adapter, rule, budget, progress)
+        rules = _planned(adapter, rule, budget, place, progress)
     width = max(r.rank or 0 for r in rules.values()) if uniform_rank else 0
     heads = resolve_heads([adapter])
     opening = _opening(adapter, out, rule, budget, width)
@@ -100,7 +105,10 @@ def resize(
 
     def account(written: WriteReport) -> dict[str, Any]:
         clamped = [] if uniform_rank else _clamped(rule, written.ranks)
-        totals = {"warnings": [*adapter.notes, *heads.notes, *clamped], "seconds": time.perf_counter() - started}
+        totals = {
+            "device": str(place), "peak_device_bytes": peak_bytes(place), "kernels": kernel_report(),
+            "warnings": [*adapter.notes, *heads.notes, *clamped], "seconds": time.perf_counter() - started,
+        }  # fmt: skip
         return opening | _closing(written, adapter) | totals
 
     writer = AdapterWriter(
@@ -116,11 +124,10 @@ def resize(
         format=own if format == "auto" else format,
     )
     with writer.session(adapter.modules) as session:
-        for done, (module, cut) in enumerate(_cut(adapter, rules), 1):
-            factors = pad(cut.factors, max(width, cut.factors.rank))
+        for done, (module, cut) in enumerate(_cut(adapter, rules, place, width), 1):
             info, bias = adapter.info(module), adapter.bias(module)
             scaled = None if bias is None else bias.to(torch.float32) * info.scaling
-            session.add(module, factors, _row(adapter, module, cut, factors.rank), scaled)
+            session.add(module, cut.factors, _row(adapter, module, cut, cut.factors.rank), scaled)
             if progress is not None:
                 progress("resize", module, done, len(adapter.modules))
     return account(session.report)
@@ -169,13 +176,17 @@ def _check_plain(adapter: Adapter) -> None:
         )
 
 
-def _planned(adapter: Adapter, rule: RankRule, budget: int | None, progress: Progress | None) -> dict[str, RankRule]:
+def _planned(
+    adapter: Adapter, rule: RankRule, budget: int | None, device: torch.device, progress: Progress | None
+) -> dict[str, RankRule]:
     """A fixed rank for every module, from the spectra of all of them."""
     spectra, shapes, ranks = {}, {}, {}
     for done, module in enumerate(adapter.modules, 1):
         pair = adapter.load(module)
         dtype = torch.float64 if pair.B.dtype == torch.float64 else torch.float32
-        spectra[module], shapes[module] = singular_values(pair).to(dtype), pair.shape
+        with named_when_full(device, "decomposing", module, ON_CPU):
+            spectra[module] = singular_values(pair.to(device=device)).to("cpu", dtype)
+        shapes[module] = pair.shape
         ranks[module] = choose(spectra[module], rule, *pair.shape)
         if progress is not None:
             progress("spectra", module, done, len(adapter.modules))
@@ -184,10 +195,25 @@ def _planned(adapter: Adapter, rule: RankRule, budget: int | None, progress: Pro
     return {module: RankRule(rank=k, min_rank=min(rule.min_rank, k)) for module, k in ranks.items()}
 
 
-def _cut(adapter: Adapter, rules: Mapping[str, RankRule]) -> Iterator[tuple[str, Truncated]]:
-    """Every module cut by its rule, in windows of modules, so that memory does not grow with their number."""
+def _cut(
+    adapter: Adapter, rules: Mapping[str, RankRule], device: torch.device, width: int
+) -> Iterator[tuple[str, Truncated]]:
+    """Every module cut by its rule, in windows of modules, so that memory does not grow with their number.
+
+    Args:
+        adapter: The source.
+        rules: One rule a module.
+        device: Where to compute; what comes is in the computer's own memory.
+        width: Least rank, by columns of zeros.
+    """
     for window in _windows(adapter):
-        cuts = truncate_many([adapter.load(module) for module in window], [rules[module] for module in window])
+        with named_when_full(device, "cutting", window[0], ON_CPU):
+            updates = [adapter.load(module).to(device=device) for module in window]
+            cuts = truncate_many(updates, [rules[module] for module in window])
+            factors = [pad(cut.factors, max(width, cut.factors.rank)).to(device="cpu") for cut in cuts]
+            cuts = [
+                replace(cut, factors=pair, spectrum=cut.spectrum.cpu()) for cut, pair in zip(cuts, factors, strict=True)
+            ]
         yield from zip(window, cuts, strict=True)
 
 

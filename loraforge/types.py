@@ -167,24 +167,37 @@ class LayerInputs:
 class FoldStats:
     """Sums over one fold of the calibration tokens, float64, weighted by c_i lambda_i and the sample weights.
 
-    X are the task model's inputs of the module, X~ the merged model's (mixed with X when rho is fixed), D_i the delta
-    of adapter i in the coordinates of the layer's basis.
+    X are the task model's inputs of the module, X~ the merged model's (mixed with X when rho is fixed), D_i = P_i A_i
+    the delta of adapter i in the coordinates of the layer's basis. Sums that a delta multiplies are kept as factors:
+    sum_i c_i lambda_i D_i M_i = outputs @ features, with R rows instead of m in full mode.
 
     Attributes:
         gram: (d, d) sum_i c_i lambda_i X~_i^T X~_i.
-        target: (p, d) sum_i c_i lambda_i D_i X_i^T X~_i.
+        outputs: (p, R) all P_i side by side.
+        features: (R, d) below each other c_i lambda_i A_i X_i^T X~_i.
         cross: (d, d) sum_i c_i lambda_i X_i^T X~_i; only where the full weight or a search over rho needs it.
         prior: (d, d) sum_i c_i lambda_i X_i^T X_i; only for a search over rho.
-        target_prior: (p, d) sum_i c_i lambda_i D_i X_i^T X_i; only for a search over rho.
+        features_prior: (R, d) below each other c_i lambda_i A_i X_i^T X_i; only for a search over rho.
         share: Share of the tokens that are in this fold.
     """
 
     gram: Tensor
-    target: Tensor
+    outputs: Tensor
+    features: Tensor
     cross: Tensor | None = None
     prior: Tensor | None = None
-    target_prior: Tensor | None = None
+    features_prior: Tensor | None = None
     share: float = 1.0
+
+    @property
+    def target(self) -> Tensor:
+        """(p, d) sum_i c_i lambda_i D_i X_i^T X~_i."""
+        return self.outputs @ self.features
+
+    @property
+    def target_prior(self) -> Tensor | None:
+        """(p, d) sum_i c_i lambda_i D_i X_i^T X_i, where it was asked for."""
+        return None if self.features_prior is None else self.outputs @ self.features_prior
 
 
 @dataclass(slots=True, eq=False)
@@ -232,15 +245,22 @@ class LayerSolution:
     """The solved delta of one module, delta = basis @ state.
 
     Attributes:
-        state: (p, d) in the basis of the layer's statistics, before any truncation.
+        coordinates: The state itself (p, d) in delta mode; in full mode its rows (q, d) along `left`.
         factor: (d, d) lower Cholesky factor of the regularised Gram, the metric of the outputs.
-        left: In full mode the left singular vectors (p, q) and values (q,) of the solution in that metric; else None.
+        left: In full mode the leading left singular vectors (p, q), q <= R, of the solution in that metric, and its
+            singular values, of which the last may stand for all that `left` leaves: their squares add up to the whole.
+            Else None.
         choices: alpha and rho that a search chose; None where they were fixed.
         report: JSON-ready numbers (solver, condition, jitter, held-out gain, ...).
     """
 
-    state: Tensor
+    coordinates: Tensor
     factor: Tensor
     left: tuple[Tensor, Tensor] | None
     choices: tuple[float | None, float | None]
     report: dict[str, object]
+
+    @property
+    def state(self) -> Tensor:
+        """(p, d) in the basis of the layer's statistics, before the user's rank rule; in full mode of rank R."""
+        return self.coordinates if self.left is None else self.left[0] @ self.coordinates

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe_keys": LEAVES | METHOD_ROOM,
     "report": LEAVES,
     "demo": LEAVES | {"report", "merging", "adapters"},
+    "bench": LEAVES | {"kernels", "linalg", "adapters", "merging"},
     "cli": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},

@@ -12,7 +12,7 @@ from emotion_data import BASE_NAME, SPLIT_SEED, TASKS, TEST_ROWS
 from emotion_eval import Correct, accuracies, normalised_average, paired_interval
 from emotion_variants import REFERENCE, Variant
 
-from benchmarks.machine import commit, machine
+from loraforge.bench.machine import commit, machine
 
 MARK = "emotion-table"
 

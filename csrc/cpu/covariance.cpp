@@ -63,7 +63,9 @@ std::vector<int64_t> kept_rows(const std::optional<Tensor>& mask, int64_t rows) 
   return kept;
 }
 
-Tensor cov_pack(const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weight, ScalarType dtype) {
+Tensor cov_pack(
+    const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weight, ScalarType dtype,
+    std::optional<int64_t> expected) {
   const auto floats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
   check_dim("cov_pack", "x", x, 2, "(T, d)");
   check_dtype("cov_pack", "x", x, floats);
@@ -82,6 +84,9 @@ Tensor cov_pack(const Tensor& x, std::optional<Tensor> mask, std::optional<Tenso
   const std::vector<int64_t> kept = kept_rows(mask, x.size(0));
   const std::vector<double> scale = weight ? as_doubles(*weight) : std::vector<double>();
   const int64_t count = static_cast<int64_t>(kept.size());
+  if (expected && *expected != count) {
+    refuse("cov_pack", "rows", "value " + std::to_string(*expected), std::to_string(count) + ", the rows kept");
+  }
   Tensor out = torch::stable::new_empty(x, {count, d}, dtype);
   check_dtype("cov_pack", "the result", out, floats);
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, d));
@@ -121,66 +126,82 @@ LF_CLONES void add_row(double* acc, const double* values, int64_t n) {
   add_body(acc, values, n);
 }
 
-constexpr int64_t kEdge = 32; // edge of the tiles that are mirrored through the first cache
-
-// Tiles (i, j) and (j, i) of the accumulator take tile (i, j), j >= i, of the chunk: one task writes both.
+// What is folded: the slots of `from` into d x d' of the accumulator.
 template <typename T>
-void fold_tile(double* acc, int64_t ld_acc, const T* chunk, int64_t ld, int64_t d, int64_t i0, int64_t j0) {
-  const int64_t i1 = std::min(i0 + kEdge, d), j1 = std::min(j0 + kEdge, d);
-  T turned[kEdge][kEdge];
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t from = std::max(j0, i);
-    add_row(acc + i * ld_acc + from, chunk + i * ld + from, j1 - from);
-    for (int64_t j = from; j < j1; ++j) {
-      turned[j - j0][i - i0] = chunk[i * ld + j];
+struct Chunk {
+  const T* from;
+  int64_t slots, slot_stride, ld;
+
+  void add_to(double* acc, int64_t row, int64_t column, int64_t n) const {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      add_row(acc, from + slot * slot_stride + row * ld + column, n);
     }
   }
-  for (int64_t j = j0; j < j1; ++j) {
-    const int64_t upto = std::min(i1, j); // the diagonal has been added above
-    if (upto > i0) {
-      add_row(acc + j * ld_acc + i0, turned[j - j0], upto - i0);
+};
+
+constexpr int64_t kEdge = 32; // edge of the tiles that are mirrored through the first cache
+
+// Tile (i, j), j >= i, takes that of the chunk, and with `mirror` tile (j, i) is its transpose: one task writes both.
+template <typename T>
+void fold_tile(double* acc, int64_t ld, const Chunk<T>& chunk, int64_t d, int64_t i0, int64_t j0, bool mirror) {
+  const int64_t i1 = std::min(i0 + kEdge, d), j1 = std::min(j0 + kEdge, d);
+  double turned[kEdge][kEdge];
+  for (int64_t i = i0; i < i1; ++i) {
+    const int64_t begin = std::max(j0, i);
+    double* row = acc + i * ld;
+    chunk.add_to(row + begin, i, begin, j1 - begin);
+    if (mirror) {
+      for (int64_t j = begin; j < j1; ++j) {
+        turned[j - j0][i - i0] = row[j];
+      }
     }
+  }
+  for (int64_t j = mirror ? j0 : j1; j < j1; ++j) {
+    std::copy_n(turned[j - j0], std::max<int64_t>(std::min(i1, j) - i0, 0), acc + j * ld + i0); // short of the diagonal
   }
 }
 
 template <typename T>
-void fold_into(const Tensor& acc, const Tensor& chunk, bool symmetric) {
-  const int64_t d = acc.size(0), ld_acc = acc.stride(0), ld = chunk.stride(0), tiles = (d + kEdge - 1) / kEdge;
+void fold_into(const Tensor& acc, const Tensor& chunk, bool symmetric, bool mirror) {
+  const int64_t m = acc.size(0), n = acc.size(1), ld = acc.stride(0), tiles = (m + kEdge - 1) / kEdge;
+  const int64_t axis = chunk.dim() - 2;
   double* to = acc.mutable_data_ptr<double>();
-  const T* from = chunk.const_data_ptr<T>();
+  const Chunk<T> from{
+      chunk.const_data_ptr<T>(), axis == 1 ? chunk.size(0) : 1, axis == 1 ? chunk.stride(0) : 0, chunk.stride(axis)};
   torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (symmetric) {
         for (int64_t column = row; column < tiles; ++column) {
-          fold_tile(to, ld_acc, from, ld, d, row * kEdge, column * kEdge);
+          fold_tile(to, ld, from, m, row * kEdge, column * kEdge, mirror);
         }
       } else {
-        for (int64_t i = row * kEdge; i < std::min((row + 1) * kEdge, d); ++i) {
-          add_row(to + i * ld_acc, from + i * ld, acc.size(1));
+        for (int64_t i = row * kEdge; i < std::min((row + 1) * kEdge, m); ++i) {
+          from.add_to(to + i * ld, i, 0, n);
         }
       }
     }
   });
 }
 
-void cov_fold_(Tensor acc, const Tensor& chunk, bool symmetric) {
+void cov_fold_(Tensor acc, const Tensor& chunk, bool symmetric, bool mirror) {
+  const int64_t axis = chunk.dim() == 3 ? 1 : 0;
   check_dim("cov_fold_", "acc", acc, 2, "(d, d)");
-  check_dim("cov_fold_", "chunk", chunk, 2, "(d, d)");
+  check_dim("cov_fold_", "chunk", chunk, axis + 2, "(d, d) or (slots, d, d)");
   check_dtype("cov_fold_", "acc", acc, {ScalarType::Double});
   check_dtype("cov_fold_", "chunk", chunk, {ScalarType::Float, ScalarType::Double});
-  check_size("cov_fold_", "chunk", chunk, 0, acc.size(0), "rows of acc");
-  check_size("cov_fold_", "chunk", chunk, 1, acc.size(1), "columns of acc");
+  check_size("cov_fold_", "chunk", chunk, axis, acc.size(0), "rows of acc");
+  check_size("cov_fold_", "chunk", chunk, axis + 1, acc.size(1), "columns of acc");
   if (symmetric) {
     check_size("cov_fold_", "acc", acc, 1, acc.size(0), "a symmetric acc is square");
   }
   Tensor target = unit_stride(acc);
   const Tensor rows = unit_stride(chunk);
   if (chunk.scalar_type() == ScalarType::Float) {
-    fold_into<float>(target, rows, symmetric);
+    fold_into<float>(target, rows, symmetric, mirror);
   } else {
-    fold_into<double>(target, rows, symmetric);
+    fold_into<double>(target, rows, symmetric, mirror);
   }
-  if (target.get() != acc.get() && target.const_data_ptr() != acc.const_data_ptr()) {
+  if (target.const_data_ptr() != acc.const_data_ptr()) {
     torch::stable::copy_(acc, target);
   }
 }

@@ -8,6 +8,7 @@
 #include "../common/cast.h"
 #include "../common/checks.h"
 #include "../common/isa.h"
+#include "dcs.h"
 
 namespace loraforge {
 namespace {
@@ -54,8 +55,7 @@ LF_CLONES void quadratic_form(const double* y, const double* panels, int64_t R, 
 }
 
 template <typename T>
-std::vector<double> symmetric_panels(const Tensor& M, int64_t R, int64_t padded) {
-  const T* m = M.const_data_ptr<T>();
+std::vector<double> symmetric_panels(const T* m, int64_t R, int64_t padded) {
   std::vector<double> panels(static_cast<size_t>(padded * padded), 0.0);
   for (int64_t i = 0; i < R; ++i) {
     for (int64_t j = 0; j < R; ++j) {
@@ -75,14 +75,24 @@ Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
   check_size("dcs_variance", "M", M, 0, Y.size(1), "R of Y");
   check_size("dcs_variance", "M", M, 1, Y.size(1), "R of Y");
   const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
-  const int64_t S = Y.size(0), R = Y.size(1), padded = (R + kTile - 1) / kTile * kTile;
-  const std::vector<double> panels = M.scalar_type() == ScalarType::Float ? symmetric_panels<float>(form, R, padded)
-                                                                          : symmetric_panels<double>(form, R, padded);
-  Tensor out = torch::stable::new_empty(Y, {S}, ScalarType::Double);
-  double* v = out.mutable_data_ptr<double>();
-  for_float_type(Y.scalar_type(), [&](auto zero) {
+  Tensor out = torch::stable::new_empty(Y, {Y.size(0)}, ScalarType::Double);
+  quadratic_rows(
+      rows.const_data_ptr(), Y.scalar_type(), form.const_data_ptr(), M.scalar_type(), Y.size(0), Y.size(1),
+      out.mutable_data_ptr<double>());
+  return out;
+}
+
+} // namespace
+
+void quadratic_rows(
+    const void* Y, ScalarType dtype, const void* M, ScalarType form, int64_t S, int64_t R, double* v) {
+  const int64_t padded = (R + kTile - 1) / kTile * kTile;
+  const std::vector<double> panels = form == ScalarType::Float
+      ? symmetric_panels(static_cast<const float*>(M), R, padded)
+      : symmetric_panels(static_cast<const double*>(M), R, padded);
+  for_float_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* y = static_cast<const T*>(rows.const_data_ptr());
+    const T* y = static_cast<const T*>(Y);
     torch::stable::parallel_for(0, (S + kRows - 1) / kRows, 4, [&](int64_t begin, int64_t end) {
       std::vector<double> turned(static_cast<size_t>(padded * kRows), 0.0);
       double values[kRows];
@@ -100,10 +110,7 @@ Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
       }
     });
   });
-  return out;
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(loraforge, CPU, m) {
   m.impl("dcs_variance", TORCH_BOX(&dcs_variance));

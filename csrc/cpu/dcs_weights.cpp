@@ -9,6 +9,7 @@
 
 #include "../common/checks.h"
 #include "../common/isa.h"
+#include "dcs.h"
 
 namespace loraforge {
 namespace {
@@ -138,19 +139,31 @@ std::tuple<Tensor, Tensor> dcs_weights(
   check_dim("dcs_weights", "V", V, 1, "(S,)");
   check_dtype("dcs_weights", "V", V, {ScalarType::Double});
   const Tensor variances = torch::stable::contiguous(V);
-  const int64_t S = V.size(0);
-  Tensor weights = torch::stable::new_empty(V, {S}, ScalarType::Double);
+  Tensor weights = torch::stable::new_empty(V, {V.size(0)}, ScalarType::Double);
   Tensor stats = torch::stable::new_empty(V, {3}, ScalarType::Double);
-  double* report = stats.mutable_data_ptr<double>();
-  report[0] = 0.0, report[1] = 1.0, report[2] = 1.0;
+  weights_of(
+      variances.const_data_ptr<double>(), V.size(0), {scale, min_ess, excess, mad_consistent},
+      weights.mutable_data_ptr<double>(), stats.mutable_data_ptr<double>());
+  return {weights, stats};
+}
+
+} // namespace
+
+void weights_of(const double* v, int64_t S, const DcsOptions& options, double* w, double* stats) {
+  stats[0] = 0.0, stats[1] = 1.0, stats[2] = 1.0;
   if (S == 0) {
-    return {weights, stats};
+    return;
   }
-  const double* v = variances.const_data_ptr<double>();
+  if (!std::all_of(v, v + S, [](double x) { return x >= 0.0 && x <= DBL_MAX; })) {
+    std::fill(w, w + S, NAN);
+    std::fill(stats, stats + 3, NAN);
+    return;
+  }
+  const bool excess = options.excess;
   std::vector<double> d(v, v + S);
   const double middle = median(d);
   std::transform(v, v + S, d.begin(), [&](double x) { return std::fabs(x - middle); });
-  const double sigma = median(d) * scale * (excess || mad_consistent ? 1.4826 : 1.0);
+  const double sigma = median(d) * options.scale * (excess || options.mad_consistent ? 1.4826 : 1.0);
   const double origin = excess ? middle : *std::min_element(v, v + S);
   std::transform(v, v + S, d.begin(), [&](double x) { return std::max(0.0, x - origin); });
   const double top = *std::max_element(d.begin(), d.end());
@@ -159,22 +172,18 @@ std::tuple<Tensor, Tensor> dcs_weights(
     // In units of the largest distance nothing over- or underflows; sigma = 0 is the limit of small sigma.
     std::transform(d.begin(), d.end(), d.begin(), [&](double x) { return x / top; });
     kappa0 = std::min(excess ? top / sigma : top / sigma / sigma, DBL_MAX);
-    kappa = floored(d, kappa0, min_ess);
+    kappa = floored(d, kappa0, options.min_ess);
   }
   const Sums sums = all_sums(d, kappa);
   const double factor = static_cast<double>(S) / sums.w;
-  double* w = weights.mutable_data_ptr<double>();
   torch::stable::parallel_for(0, (S + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kBlock, n = std::min(end * kBlock, S) - at;
     tilted_weights(d.data() + at, kappa, factor, w + at, n);
   });
-  report[0] = sigma;
-  report[1] = kappa == kappa0 ? 1.0 : std::min(kappa0 / kappa, DBL_MAX);
-  report[2] = sums.w / sums.ww * (sums.w / static_cast<double>(S));
-  return {weights, stats};
+  stats[0] = sigma;
+  stats[1] = kappa == kappa0 ? 1.0 : std::min(kappa0 / kappa, DBL_MAX);
+  stats[2] = sums.w / sums.ww * (sums.w / static_cast<double>(S));
 }
-
-} // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(loraforge, CPU, m) {
   m.impl("dcs_weights", TORCH_BOX(&dcs_weights));

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loraforge.calibrate.batches import Batch
+from loraforge.calibrate.clock import Clock
 from loraforge.calibrate.features import Features
 from loraforge.calibrate.lockstep import Deltas, Lockstep, Visit
 from loraforge.calibrate.modules import weight_view
@@ -85,6 +86,7 @@ class Engine:
             None, left singular vectors in that metric or None, R) -> LowRank.
         monitor: Stopping rule and mixing.
         progress: Called with (stage, module, done, total).
+        clock: Seconds by part of the walks: forwards, rows, weights, grams, targets, solve, cut, checks.
     """
 
     model: nn.Module
@@ -98,6 +100,7 @@ class Engine:
     cut: Cut
     monitor: Monitor
     progress: Progress | None = None
+    clock: Clock = field(default_factory=Clock)
     layers: dict[str, dict[str, object]] = field(default_factory=dict)
     iterations: list[dict[str, float]] = field(default_factory=list)
     merged: dict[str, LowRank] = field(default_factory=dict)
@@ -126,7 +129,8 @@ class Engine:
                 return
             self._tell("solving", name, len(self._installed))
             self._install(name, self._solve(name, visits, None))
-            self._probes[name] = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
+            with self.clock.part("checks"):
+                self._probes[name] = self._probed(name, visits)
 
         self._walk(visitor, both_streams=True)
         self.iterations.append({"k": 0, "relative_change": 1.0, "residual": math.nan})
@@ -149,7 +153,7 @@ class Engine:
             if not self._counts(name, visits):
                 return
             self._tell("verifying", name, len(self._installed))
-            now = [Xm @ _probe(Xm) for _, Xm in self._features.pack(name, visits)]
+            now = self._probed(name, visits)
             before = [self._probes[name][j] for j in sample]
             size = math.sqrt(sum(float(b.double().square().sum()) for b in before))
             change = math.sqrt(sum(float((n - b).double().square().sum()) for n, b in zip(now, before, strict=True)))
@@ -252,11 +256,14 @@ class Engine:
 
     def _solve(self, name: str, visits: list[Visit], choices: Choices | None) -> _Image:
         module = self.modules[name]
-        weight = weight_view(module).double() if self.how.lambda_weight == "full" or self.how.full_weight else None
-        layer = Layer(name, self.factors[name], weight)
-        rows = self._features.rows(name, visits)
-        stats = collect_stats(layer, rows, self.how, self._features.shared(name))
-        solution = self.solve(stats, choices)
+        wanted = self.how.lambda_weight == "full" or self.how.full_weight
+        with self.clock.part("weights"):
+            layer = Layer(name, self.factors[name], weight_view(module).double() if wanted else None)
+        with self.clock.part("rows"):
+            rows = self._features.rows(name, visits)
+        stats = collect_stats(layer, rows, self.how, self._features.shared(name), self.clock)
+        with self.clock.part("solve"):
+            solution = self.solve(stats, choices)
         self.layers[name] = {
             "module": name,
             "tokens": list(stats.tokens),
@@ -264,8 +271,14 @@ class Engine:
             **(stats.weighting or {"sigma": None, "tau": None, "ess": None}),
             **solution.report,
         }
-        pair = self.cut(name, stats.basis, solution.state, solution.factor, solution.left, stats.rank)
+        with self.clock.part("cut"):
+            pair = self.cut(name, stats.basis, solution.state, solution.factor, solution.left, stats.rank)
         return _Image(pair, stats.basis, solution.choices, stats.rank)
+
+    def _probed(self, name: str, visits: list[Visit]) -> list[Tensor]:
+        """Per batch (t,) the merged inputs along one direction, in float32 at least: bfloat16 would hide a change."""
+        rows = (Xm if Xm.dtype == torch.float64 else Xm.float() for _, Xm in self._features.pack(name, visits))
+        return [Xm @ _probe(Xm) for Xm in rows]
 
     def _install(self, name: str, image: _Image) -> None:
         self._installed[name] = image
@@ -281,8 +294,8 @@ class Engine:
         batches = self.batches if only is None else [self.batches[j] for j in only]
         self._features.start(batches)
         walk = Lockstep(self.model, self.modules, self._deltas, self.options, both_streams=both_streams)
-        with torch.no_grad():
-            walk.run([(b.task, b.inputs) for b in batches], visitor)
+        with torch.no_grad(), self.clock.part("forwards"):
+            walk.run([(b.task, b.inputs) for b in batches], visitor, sum(map(len, self.trace.kinds.values())))
         self._features.stop()
 
     def _counts(self, name: str, visits: Sequence[Visit]) -> bool:

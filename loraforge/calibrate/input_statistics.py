@@ -121,6 +121,10 @@ class InputSums:
             self.model(**batch.inputs, **self.options)
         self._features.stop()
 
+    def at(self) -> str | None:
+        """The target that took its input last in the batch at hand."""
+        return next((name for name in reversed(self.trace.order) if self._calls.get(name)), None)
+
     def owner(self, name: str) -> str:
         """The module that keeps the sums of `name`: modules fed by one tensor share one Gram."""
         leader = self.trace.leaders[name]
@@ -141,13 +145,14 @@ class InputSums:
             if self.tokens[name] == 0:
                 raise LoraforgeError("no token reached a module", where=name, hint="give more data")
             if owner not in means:
-                means[owner] = self.sums.pop(owner).div_(self.tokens[owner]).cpu()
-            if not bool(torch.isfinite(means[owner]).all()):
-                raise LoraforgeError(
-                    "the inputs of a module have NaN or Inf",
-                    where=name,
-                    hint="check the data and the base model; or collect in float32",
-                )
+                mean = self.sums.pop(owner).div_(self.tokens[owner])
+                if not bool(torch.isfinite(mean).all()):
+                    raise LoraforgeError(
+                        "the inputs of a module have NaN or Inf",
+                        where=name,
+                        hint="check the data and the base model; or collect in float32",
+                    )
+                means[owner] = mean.cpu()
             means[name] = means[owner]
         return {name: means[name] for name in self.targets}
 

@@ -91,8 +91,16 @@ class Lockstep:
         self._both, self._make = both_streams, make
         self._turn: _Walker | None = None
 
-    def run(self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], visitor: Visitor) -> None:
+    def run(
+        self, batches: Sequence[tuple[int, Mapping[str, Tensor]]], visitor: Visitor, stops: int | None = None
+    ) -> None:
         """Walks all (task, inputs) batches through the model.
+
+        Args:
+            batches: Task and model inputs of each.
+            visitor: Called with a module and the batches that stand there.
+            stops: How often the batches stop on their way; what the model does after the last stop (its head over the
+                whole vocabulary) is then left out. None walks to the end.
 
         Raises:
             LoraforgeError: Batches that disagree about which module comes next (data-dependent control flow).
@@ -109,9 +117,13 @@ class Lockstep:
         with torch.no_grad():
             try:
                 self._advance(walkers)
+                made = 0
                 while not all(w.carrier.done for w in walkers):
                     name = self._meeting_point(walkers)
                     visitor(name, [w.visit for w in walkers if w.visit is not None])
+                    made += 1
+                    if made == stops:
+                        break
                     self._advance(walkers)
             finally:
                 # No thread and no activation outlives the run.

@@ -93,14 +93,14 @@ class Rows:
         fold: Index of the fold.
         X: (t, d) inputs under the task model.
         Xm: (t, d) inputs under the merged model (the same tensor as X in a pass with the task stream alone).
-        out_sq: ||X W_i^T||_F^2 of the task model's outputs, bias taken off; 0 when not asked for.
+        out_sq: ||X W_i^T||_F^2 of the task model's outputs, bias taken off, float64 on the device; 0 if not asked for.
     """
 
     task: int
     fold: int
     X: Tensor
     Xm: Tensor
-    out_sq: float
+    out_sq: Tensor | float
 
 
 def task_weights(
@@ -112,32 +112,42 @@ def task_weights(
     """
     if how.lambda_weight == "none":
         return [1.0] * len(pairs)
-    values: list[float | None] = []
+    sizes: list[Tensor | None] = []
+    outputs: list[Tensor] = []
     for task, (pair, factors) in enumerate(zip(pairs, layer.factors, strict=True)):
+        mine = [r for r in rows if r.task == task]
+        output = torch.zeros((), dtype=torch.float64, device=rows[0].X.device)
         if how.lambda_weight == "full":
             assert layer.weight is not None
-            size = full_norm_squared(layer.weight, factors)
-            output = sum(r.out_sq for r in rows if r.task == task)
+            sizes.append(_full_norm_squared(layer.weight, factors))
+            for r in mine:
+                output += r.out_sq
         elif pair is None:
-            values.append(None)
-            continue
+            sizes.append(None)
         else:
             P, A = pair
-            size = float(((P.mT @ P) * (A @ A.mT)).sum())
             K = P.mT @ P
-            output = sum(float(dcs_variance(times(r.X, A), K).sum()) for r in rows if r.task == task)
-        values.append(size / output if output > 0.0 and size > 0.0 else None)
-    known = [v for v in values if v is not None]
-    mean = sum(known) / len(known) if known else 1.0
+            sizes.append((K * (A @ A.mT)).sum())
+            for r in mine:
+                output += dcs_variance(times(r.X, A), K).sum()
+        outputs.append(output)
+    # One read of the device for all of them.
+    numbers = torch.stack([*(output.new_zeros(()) if s is None else s for s in sizes), *outputs]).tolist()
+    values = [
+        size / output if known is not None and output > 0.0 and size > 0.0 else None
+        for known, size, output in zip(sizes, numbers[: len(sizes)], numbers[len(sizes) :], strict=True)
+    ]
+    present = [v for v in values if v is not None]
+    mean = sum(present) / len(present) if present else 1.0
     return [mean if v is None else v for v in values]
 
 
-def full_norm_squared(weight: Tensor, factors: LowRank | None) -> float:
+def _full_norm_squared(weight: Tensor, factors: LowRank | None) -> Tensor:
     """||W0 + B A||_F^2 from the factors: ||W0||^2 + 2 <B^T W0, A> + <B^T B, A A^T>."""
-    size = float(weight.square().sum())
+    size = weight.square().sum()
     if factors is not None:
         B, A = factors.B, factors.A
-        size += 2.0 * float(((B.mT @ weight) * A).sum()) + float(((B.mT @ B) * (A @ A.mT)).sum())
+        size = size + 2.0 * ((B.mT @ weight) * A).sum() + ((B.mT @ B) * (A @ A.mT)).sum()
     return size
 
 
@@ -187,23 +197,36 @@ def energy(
     how: Collecting,
 ) -> float:
     """sum_i c_i lambda_i ||X_i D_i^T||^2; with the full weight ||X_i D_i^T + (X_i - X~_i) W0^T||^2."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=rows[0].X.device)
     for r in rows:
         pair = pairs[r.task]
         if how.full_weight and layer.weight is not None and r.Xm is not r.X and not how.target_merged:
-            output = (r.X - r.Xm) @ layer.weight.to(r.X.dtype).mT
+            output = _apart(r, layer.weight)
             if pair is not None:
-                output += times(r.X, pair[1]) @ pair[0].to(r.X.dtype).mT
-            energy = float(output.square().sum(dtype=torch.float64))
+                output += times(r.X, pair[1]) @ pair[0].to(output.dtype).mT
+            energy = output.square().sum(dtype=torch.float64)
         elif pair is not None:
             features = r.Xm if how.target_merged else r.X
-            energy = float(dcs_variance(times(features, pair[1]), pair[0].mT @ pair[0]).sum())
+            energy = dcs_variance(times(features, pair[1]), pair[0].mT @ pair[0]).sum()
         else:
-            energy = 0.0
+            continue
         total += coefficients[r.task] * energy
-    return total
+    return float(total)
+
+
+def _apart(r: Rows, weight: Tensor) -> Tensor:
+    """(t, m) float32 or float64: (X - X~) W0^T.
+
+    16-bit rows are those of a 16-bit model on CUDA: the difference is rounded once more (2^-9 of it) and multiplied on
+    the tensor cores; in float32 it would cost more than a forward of the module.
+    """
+    if r.X.dtype in (torch.float32, torch.float64):
+        return (r.X - r.Xm) @ weight.to(r.X.dtype).mT
+    away = (r.X.float() - r.Xm.float()).to(r.X.dtype)
+    return torch.mm(away, weight.to(away.dtype).mT, out_dtype=torch.float32)
 
 
 def times(X: Tensor, A: Tensor) -> Tensor:
-    """(t, r): X A^T in the dtype of X."""
-    return X @ A.to(X.dtype).mT
+    """(t, r): X A^T in the dtype of X, in float32 for 16-bit rows: A is no matrix of 16 bits."""
+    wide = X if X.dtype in (torch.float32, torch.float64) else X.float()
+    return wide @ A.to(wide.dtype).mT

@@ -85,13 +85,13 @@ class Checkpoint:
         """
         return self._where[name].read((name,))[0]
 
-    def read_finite(self, name: str) -> Tensor:
-        """A tensor as stored.
+    def read_finite(self, name: str, device: torch.device | None = None) -> Tensor:
+        """A tensor as stored, on a device (default the CPU), where it is checked.
 
         Raises:
             LoraforgeError: It holds NaN or Inf.
         """
-        tensor = self.read(name)
+        tensor = self.read(name).to(device)
         if not bool(torch.isfinite(tensor).all()):
             raise LoraforgeError(
                 "A tensor holds NaN or Inf",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.completion import completion_init, install_callback, show_callback
 
-from loraforge.cli import collect_stats, convert, demo, doctor, inspect, merge, methods, resize
+from loraforge.cli import bench, collect_stats, convert, demo, doctor, inspect, merge, methods, resize
 from loraforge.cli._errors import INTERRUPTED, USAGE, Boundary
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("resize")(resize.resize)
 app.command("collect-stats")(collect_stats.collect_stats)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

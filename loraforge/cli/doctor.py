@@ -24,6 +24,8 @@ def doctor(
         from loraforge.kernels.backend import kernel_report, self_test
 
         environment, kernels, tests = describe_environment(), kernel_report(), self_test()
+        if environment["gpus"]:
+            tests += self_test("cuda")
         healthy = all(test["ok"] for test in tests)
         voice.result({"ok": healthy, "environment": environment, "kernels": kernels, "tests": tests})
         _print(voice, environment, kernels, tests)
@@ -71,6 +73,8 @@ def _print(voice: Output, environment: dict[str, Any], kernels: dict[str, Any], 
     voice.line(f"{'kernels':<16}{state} (LORAFORGE_KERNELS={kernels['mode']})" + f": {kernels['why']}")
     for key, value in {**kernels["build_info"], **kernels["capabilities"]}.items() if voice.verbose else ():
         voice.line(f"  {key}: {value}")
-    headers = ["kernel", "runs", "largest error", "allowed", "result"]
-    rows = [[t["op"], t["path"], t["max_error"], t["tolerance"], "ok" if t["ok"] else "FAILED"] for t in tests]
+    headers = ["kernel", "device", "runs", "largest error", "allowed", "result"]
+    rows = [
+        [t["op"], t["device"], t["path"], t["max_error"], t["tolerance"], "ok" if t["ok"] else "FAILED"] for t in tests
+    ]
     voice.table(headers, rows)

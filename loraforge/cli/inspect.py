@@ -28,6 +28,7 @@ def inspect(
     adapters: opt.Adapters,
     picture: Picture = None,
     report: opt.Report = None,
+    device: opt.Device = None,
     overwrite: opt.Overwrite = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -40,7 +41,7 @@ def inspect(
     with voice.session():
         import loraforge
 
-        found = loraforge.inspect(adapters)
+        found = loraforge.inspect(adapters, device=device or "auto")
         _write(found, *files)
         voice.result(found)
         _print(voice, found)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # The keys of `merge --json`; `out` comes before them.
 REPORTED = (
     "method", "params", "adapters", "modules", "rank_max", "parameters", "relative_error", "kept_energy", "seconds",
-    "phases", "peak_rss_bytes", "device", "kernels", "warnings",
+    "phases", "peak_rss_bytes", "device", "peak_device_bytes", "kernels", "warnings",
 )  # fmt: skip
 # Modules that a plan, and warnings that a merge shows without -v.
 PLAN_ROWS, WARNINGS = 20, 5
@@ -122,7 +122,7 @@ def _run(voice: Output, request: MergeRequest, *, dry_run: bool) -> None:
     if request.report is not None:
         _write_report(request.report, result.report)
     _print_warnings(voice, result.report["warnings"])
-    voice.result({"out": request.out} | {key: result.report[key] for key in REPORTED})
+    voice.result({"out": request.out} | {key: result.report.get(key) for key in REPORTED})
     _print_result(voice, request, result.report)
 
 

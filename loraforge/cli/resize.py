@@ -31,6 +31,7 @@ def resize(
     max_rank: opt.MaxRank = None,
     uniform_rank: opt.UniformRank = None,
     dtype: opt.Dtype = None,
+    device: opt.Device = None,
     format: opt.Format = None,
     ignore_unknown: opt.IgnoreUnknown = None,
     overwrite: opt.Overwrite = None,
@@ -48,7 +49,7 @@ def resize(
             found = run(
                 adapter, out, rank=rank, energy=energy, nuclear=nuclear, ratio=ratio, fro_error=fro_error,
                 budget=budget, min_rank=min_rank or 1, max_rank=max_rank, uniform_rank=bool(uniform_rank),
-                dtype=dtype or "auto", format=format or "auto", overwrite=bool(overwrite),
+                dtype=dtype or "auto", device=device or "auto", format=format or "auto", overwrite=bool(overwrite),
                 ignore_unknown=bool(ignore_unknown), progress=progress,
             )  # fmt: skip
         for note in found["warnings"]:

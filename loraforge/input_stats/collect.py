@@ -23,7 +23,9 @@ from loraforge.calibrate.sampling import Selection
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.input_stats.file import account, check_out
 from loraforge.input_stats.run import Progress, run_batches
-from loraforge.linalg.device import choose_device
+from loraforge.linalg.device import choose_device, named_when_full, peak_bytes
+
+LESS = "a smaller --batch-tokens, --kind diag, --base-dtype bfloat16, or --device cpu"
 
 
 def collect_stats(
@@ -69,7 +71,8 @@ def collect_stats(
         progress: Called with (stage, detail, done, total).
 
     Returns:
-        JSON-ready: out, kind, modules, tokens, samples, batches, skipped (name -> reason), seconds, device, ...
+        JSON-ready: out, kind, modules, tokens, samples, batches, skipped (name -> reason), seconds, device,
+        peak_device_bytes, ...
 
     Raises:
         UsageError: An unknown kind, part, target, or two ways of naming modules.
@@ -83,7 +86,8 @@ def collect_stats(
     place, share = Path(out), parse_part(part)
     check_out(place, overwrite=overwrite or resume)
     where = choose_device(device)
-    model, config, chosen, refused, task_type = _open(base, targets, adapter, dtype, where)
+    with named_when_full(where, "loading the base", _name(base), "--base-dtype bfloat16, or --device cpu"):
+        model, config, chosen, refused, task_type = _open(base, targets, adapter, dtype, where)
     sets = _read(data, base, config, model, task_type, samples, seed, max_length, template)
     every = make_batches(sets, [[0] * len(s) for s in sets], batch_tokens=batch_tokens)
     mine = every[share[0] - 1 :: share[1]]
@@ -92,7 +96,8 @@ def collect_stats(
         raise LoraforgeError("a part has no batch", got=f"{len(every)} batches in {share[1]} parts", hint=hint)
     options: dict[str, object] = dict(prefer_kwargs(model))
     named = targets is not None or adapter is not None
-    trace, skipped = trace_targets(model, chosen, every, options, lenient=not named)
+    with named_when_full(where, "looking at the model's targets", None, LESS):
+        trace, skipped = trace_targets(model, chosen, every, options, lenient=not named)
     kept = {name: target for name, target in chosen.items() if name not in skipped}
     sums = InputSums(model, kept, trace, kind, options)
     about = {
@@ -107,11 +112,13 @@ def collect_stats(
         "dtype": dtype,
         "versions": _versions(),
     }
-    done = run_batches(sums, mine, place, about, resume=resume, overwrite=overwrite, progress=progress)
+    with named_when_full(where, "collecting input statistics", sums.at, LESS):
+        done = run_batches(sums, mine, place, about, resume=resume, overwrite=overwrite, progress=progress)
     return account({**about, "tokens": sums.tokens}, place) | {
         "skipped": {**refused, **skipped},
         "resumed_from": done,
         "device": str(where),
+        "peak_device_bytes": peak_bytes(where),
         "seconds": time.perf_counter() - started,
     }
 

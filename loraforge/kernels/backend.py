@@ -176,13 +176,16 @@ def kernel_report() -> dict[str, Any]:
     }
 
 
-def self_test() -> list[dict[str, Any]]:
+def self_test(device: str | torch.device = "cpu") -> list[dict[str, Any]]:
     """Checks every operator, on the path that it takes now, against its reference on small odd sizes.
 
+    Args:
+        device: Where the tensors are.
+
     Returns:
-        One row an operator: `op`, `path`, `max_error` (relative to the largest value of the reference), `tolerance`,
-        `ok`.
+        One row an operator: `op`, `device`, `path`, `max_error` (relative to the largest value of the reference),
+        `tolerance`, `ok`.
     """
     from loraforge.kernels.conformance import run
 
-    return run()
+    return run(device)

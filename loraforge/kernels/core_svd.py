@@ -1,7 +1,8 @@
 """SVD of many small cores, the rank that an energy asks for, and the split of the singular values over two factors.
 
 A core is the small matrix that is left of a stack of low-rank factors after their QR. LAPACK on a core of rank 64 takes
-a quarter of a millisecond; threads inside such a call cost more than they give, threads over the cores give all.
+a quarter of a millisecond; threads inside such a call cost more than they give, threads over the cores give all. On a
+GPU the cores of one shape are one launch, see `jacobi`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
-from loraforge.kernels import backend
+from loraforge.kernels import backend, jacobi
 from loraforge.kernels.checks import FLOAT32_64, require, require_dtype, require_finite, require_number
 
 _one_thread_lock = threading.Lock()
@@ -49,10 +50,11 @@ def _one_blas_thread() -> Iterator[int]:
 
 @torch.no_grad()
 def batched_core_svd(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Thin SVD of every core, in a pool of threads over the cores with one BLAS thread each.
+    """Thin SVD of every core: on the CPU in a pool of threads over the cores with one BLAS thread each.
 
     The pool has as many threads as `torch.get_num_threads()`. A core is always decomposed by one thread, so the bits do
-    not depend on that number. Vectors are unique up to sign, and up to rotation where singular values coincide.
+    not depend on that number. On a GPU, cores of one shape go in one launch, and one look at the end tells how all
+    went. Vectors are unique up to sign, and up to rotation where singular values coincide.
 
     Args:
         cores: (R_l, R_l') matrices, float32 or float64, of any sizes, 0 included.
@@ -61,10 +63,13 @@ def batched_core_svd(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tens
         (U (R_l, k), S (k,), Vh (k, R_l')) with k = min(R_l, R_l') for each core, in the order given.
 
     Raises:
-        LoraforgeError: A core is no matrix of those dtypes, holds a value that is not finite, or LAPACK fails on it.
+        LoraforgeError: A core is no matrix of those dtypes, holds a value that is not finite, or does not converge.
     """
     for index, core in enumerate(cores):
         require("batched_core_svd", f"cores[{index}]", core, ("R", "R'"), FLOAT32_64)
+    if cores and all(core.device.type == "cuda" for core in cores):
+        return _on_device(cores)
+    for index, core in enumerate(cores):
         require_finite("batched_core_svd", f"cores[{index}]", core)
     if backend.mode() == "reference" or any(core.device.type != "cpu" for core in cores):
         backend.count("batched_core_svd", "reference")
@@ -94,6 +99,76 @@ def batched_core_svd(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tens
             with ThreadPoolExecutor(workers, "core-svd", initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(work, largest_first))
     return [found[index] for index in range(len(cores))]
+
+
+def _on_device(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Cores of one shape, dtype and GPU at a time; the host waits once for each GPU."""
+    backend.count("batched_core_svd", "device")
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, core in enumerate(cores):
+        groups.setdefault((core.shape, core.dtype, core.device), []).append(index)
+    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    infos: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    for indices in groups.values():
+        U, S, Vh, info = decompose_stack(torch.stack([cores[i] for i in indices]))
+        found.update(zip(indices, zip(U.unbind(), S.unbind(), Vh.unbind(), strict=True), strict=True))
+        infos.setdefault(info.device, []).extend(zip(indices, info.unbind(), strict=True))
+    for of_device in infos.values():
+        words = torch.stack([info for _, info in of_device]).tolist()
+        for (index, _), word in zip(of_device, words, strict=True):
+            _judge("batched_core_svd", f"cores[{index}]", cores[index], word)
+    return [found[index] for index in range(len(cores))]
+
+
+def decompose_stack(C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Thin SVDs that nobody waits for: the kernel up to its largest size, PyTorch's library calls above.
+
+    Arguments and results are those of `jacobi.jacobi_svd`: what went wrong stands in `info`.
+    """
+    if max(C.shape[1:]) <= jacobi.LARGEST:
+        return jacobi.jacobi_svd(C)
+    backend.count("jacobi_svd", "library")
+    return jacobi.jacobi_svd_reference(C)
+
+
+def _judge(op: str, where: str, core: Tensor, info: int) -> None:
+    """Refuses a core by what its decomposition says of itself."""
+    if info == jacobi.NOT_FINITE:
+        require_finite(op, where, core)
+    if info < 0:
+        raise LoraforgeError(
+            f"{op}: a core could not be decomposed",
+            where=where,
+            got=f"no convergence after {jacobi.SWEEPS} sweeps",
+            expected="a matrix whose SVD converges",
+        )
+
+
+@torch.no_grad()
+def core_svd_stack(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`batched_core_svd` of a stack of cores.
+
+    Args:
+        C: (b, R, R'), float32 or float64.
+
+    Returns:
+        U (b, R, k), S (b, k), Vh (b, k, R') with k = min(R, R').
+
+    Raises:
+        LoraforgeError: As `batched_core_svd`; the core is named by its place.
+    """
+    require("core_svd_stack", "C", C, ("b", "R", "R'"), FLOAT32_64)
+    if C.device.type != "cuda":
+        found = batched_core_svd(list(C.unbind()))
+        if not found:
+            U, S, Vh, _ = jacobi.jacobi_svd_reference(C)
+            return U, S, Vh
+        U, S, Vh = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return U, S, Vh
+    U, S, Vh, info = decompose_stack(C)
+    for index, word in enumerate(info.tolist()):
+        _judge("core_svd_stack", f"C[{index}]", C[index], word)
+    return U, S, Vh
 
 
 def pick_rank_reference(S: Tensor, energy: float, min_rank: int, max_rank: int) -> Tensor:

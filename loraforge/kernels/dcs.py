@@ -50,6 +50,18 @@ class DcsWeights(NamedTuple):
     ess: float
 
 
+class DcsBatch(NamedTuple):
+    """Weights of the tokens of b modules and how they came about, on the device of the activations.
+
+    Attributes:
+        w: (b, S) float64, mean 1 over the rows that count, 0 in the others.
+        stats: (b, 3) float64: sigma, tau and the share of effective samples, as in `DcsWeights`.
+    """
+
+    w: Tensor
+    stats: Tensor
+
+
 def dcs_variance_reference(Y: Tensor, M: Tensor) -> Tensor:
     """`dcs_variance` in PyTorch."""
     y = Y.double()
@@ -169,19 +181,29 @@ def dcs_weights(
             range.
     """
     require("dcs_weights", "V", V, ("S",), (torch.float64,))
+    _check_options("dcs_weights", scale, min_ess, kernel)
+    if backend.takes_native("dcs_weights", V):
+        w, stats = torch.ops.loraforge.dcs_weights(V, scale, min_ess, kernel == "excess", mad_consistent)
+        sigma, tau, ess = stats.tolist()
+        if math.isnan(sigma):  # how the compiled form says that V cannot be used: the one wait for a device
+            _refuse_variances(V)
+        return DcsWeights(w, sigma, tau, ess)
+    _refuse_variances(V)
+    return dcs_weights_reference(V, scale, min_ess, kernel, mad_consistent)
+
+
+def _refuse_variances(V: Tensor) -> None:
+    """Names the first variance that is negative or not finite, if there is one."""
     require_finite("dcs_weights", "V", V)
     if len(V) and float(V.min()) < 0.0:
         raise LoraforgeError("dcs_weights: a variance is negative", where="V", got=float(V.min()), expected=">= 0")
-    require_number("dcs_weights", "scale", scale, sys.float_info.min, sys.float_info.max, "a finite number above 0")
-    require_number("dcs_weights", "min_ess", min_ess, 0.0, 1.0, "0 to 1")
+
+
+def _check_options(op: str, scale: float, min_ess: float, kernel: str) -> None:
+    require_number(op, "scale", scale, sys.float_info.min, sys.float_info.max, "a finite number above 0")
+    require_number(op, "min_ess", min_ess, 0.0, 1.0, "0 to 1")
     if kernel not in KERNELS:
-        raise UsageError(
-            "dcs_weights: unknown kernel", where="kernel", got=repr(kernel), hint=did_you_mean(kernel, KERNELS)
-        )
-    if backend.takes_native("dcs_weights", V):
-        w, stats = torch.ops.loraforge.dcs_weights(V, scale, min_ess, kernel == "excess", mad_consistent)
-        return DcsWeights(w, *stats.tolist())
-    return dcs_weights_reference(V, scale, min_ess, kernel, mad_consistent)
+        raise UsageError(f"{op}: unknown kernel", where="kernel", got=repr(kernel), hint=did_you_mean(kernel, KERNELS))
 
 
 @backend.fake("dcs_weights")
@@ -189,3 +211,84 @@ def _dcs_weights_fake(
     V: Tensor, scale: float, min_ess: float, excess: bool, mad_consistent: bool
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(V, memory_format=torch.contiguous_format), V.new_empty((3,))
+
+
+def dcs_batch_reference(
+    Y: Tensor,
+    M: Tensor,
+    counts: Tensor | None,
+    scale: float,
+    min_ess: float,
+    kernel: str = "gaussian",
+    mad_consistent: bool = False,
+) -> DcsBatch:
+    """`dcs_batch` in PyTorch."""
+    w, stats = Y.new_zeros(Y.shape[:2], dtype=torch.float64), Y.new_empty((len(Y), 3), dtype=torch.float64)
+    for i, n in enumerate([Y.shape[1]] * len(Y) if counts is None else counts.tolist()):
+        V = dcs_variance_reference(Y[i, :n], M[i])
+        if bool(torch.isfinite(V).all()):
+            one = dcs_weights_reference(V, scale, min_ess, kernel, mad_consistent)
+            w[i, :n] = one.w
+            stats[i] = torch.tensor(one[1:], dtype=torch.float64)
+        else:
+            w[i, :n] = stats[i] = math.nan
+    return DcsBatch(w, stats)
+
+
+@torch.no_grad()
+def dcs_batch(
+    Y: Tensor,
+    M: Tensor,
+    counts: Tensor | None = None,
+    scale: float = 1.0,
+    min_ess: float = 0.25,
+    kernel: Literal["gaussian", "excess"] = "gaussian",
+    mad_consistent: bool = False,
+) -> DcsBatch:
+    """`dcs_variance` and `dcs_weights` of b modules at once; on a GPU one launch and no wait for the device.
+
+    Args:
+        Y: (b, S, R) activations of any float dtype; modules of lower rank end in columns of 0.
+        M: (b, R, R) float32 or float64, positive semi-definite; only the symmetric part counts.
+        counts: (b,) int64 number of rows of each module that count, or None for all. Later rows are never looked at.
+        scale: Factor of the MAD, above 0.
+        min_ess: Floor of the effective sample size as a share of the rows that count.
+        kernel: `gaussian` or `excess`.
+        mad_consistent: Multiply the MAD of `gaussian` by 1.4826 as well.
+
+    Returns:
+        Weights and statistics. A module with a variance that is not finite has NaN in both, and so has, on a GPU, one
+        whose count is not in 0 to S.
+
+    Raises:
+        UsageError: The kernel is unknown.
+        LoraforgeError: A shape or dtype does not fit or a number is out of range.
+    """
+    require("dcs_batch", "Y", Y, ("b", "S", "R"), FLOATS)
+    require("dcs_batch", "M", M, (Y.shape[0], Y.shape[2], Y.shape[2]), FLOAT32_64)
+    _check_options("dcs_batch", scale, min_ess, kernel)
+    given = [Y, M]
+    if counts is not None:
+        require("dcs_batch", "counts", counts, (Y.shape[0],), (torch.int64,))
+        if counts.device.type == "cpu" and len(counts):
+            for bound in (int(counts.min()), int(counts.max())):
+                require_number("dcs_batch", "counts", bound, 0, Y.shape[1], f"0 to S = {Y.shape[1]}")
+        given.append(counts)
+    if backend.takes_native("dcs_batch", *given):
+        return DcsBatch(
+            *torch.ops.loraforge.dcs_batch(Y, M, counts, scale, min_ess, kernel == "excess", mad_consistent)
+        )
+    return dcs_batch_reference(Y, M, counts, scale, min_ess, kernel, mad_consistent)
+
+
+@backend.fake("dcs_batch")
+def _dcs_batch_fake(
+    Y: Tensor,
+    M: Tensor,
+    counts: Tensor | None,
+    scale: float,
+    min_ess: float,
+    excess: bool,
+    mad_consistent: bool,
+) -> tuple[Tensor, Tensor]:
+    return Y.new_empty(Y.shape[:2], dtype=torch.float64), Y.new_empty((Y.shape[0], 3), dtype=torch.float64)

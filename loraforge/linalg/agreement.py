@@ -90,18 +90,26 @@ def agreement(updates: Sequence[LowRank | None], entries: int = ENTRIES) -> Agre
         parts = [split for i in members if (split := splits[i]) is not None]
         Q, P = _cross([s.Q for s in parts]), _cross([s.P for s in parts])
         U, V = _cross([s.out for s in parts]), _cross([s.into for s in parts])
-        for (a, i), (b, j) in combinations_with_replacement(enumerate(members), 2):
+        places = list(combinations_with_replacement(enumerate(members), 2))
+        numbers = [
+            torch.stack([
+                (parts[a].C * (Q[a][b] @ parts[b].C @ P[b][a])).sum(), U[a][b].square().sum(), V[a][b].square().sum(),
+            ])
+            for (a, _), (b, _) in places
+        ]  # fmt: skip
+        # All pairs are asked for before the first is read: a GPU works on while the host waits once.
+        for ((a, i), (b, j)), found in zip(places, torch.stack(numbers).tolist(), strict=True):
             one, other = parts[a], parts[b]
-            inner[i, j] = inner[j, i] = (one.C * (Q[a][b] @ other.C @ P[b][a])).sum()
-            out[i, j] = out[j, i] = U[a][b].square().sum()
-            into[i, j] = into[j, i] = V[a][b].square().sum()
+            inner[i, j] = inner[j, i] = found[0]
+            out[i, j] = out[j, i] = found[1]
+            into[i, j] = into[j, i] = found[2]
             dims_out[i, j] = dims_out[j, i] = min(one.out.shape[1], other.out.shape[1])
             dims_in[i, j] = dims_in[j, i] = min(one.into.shape[1], other.into.shape[1])
         index = torch.tensor(members)
         pairs = (index[:, None], index[None, :])
         shared[pairs] = 1.0
         differing[pairs], compared[pairs] = _signs([updates[i] for i in members], entries)
-    spectra = [None if split is None else split.spectrum for split in splits]
+    spectra = [None if split is None else split.spectrum.cpu() for split in splits]
     return Agreement(inner, out, into, dims_out, dims_in, shared, differing, compared, spectra)
 
 
@@ -114,7 +122,7 @@ def _of_one_shape(updates: Sequence[LowRank | None]) -> list[list[int]]:
 
 
 def _split(update: LowRank) -> _Split:
-    left, right = sides([update.to(device="cpu")], "qr")
+    left, right = sides([update], "qr")
     C = left.triangle[0] @ right.triangle[0].T
     U, S, Vh = torch.linalg.svd(C, full_matrices=False)
     # What lies under the rounding of the factors' own dtype is no direction of the update.
@@ -132,15 +140,17 @@ def _cross(bases: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _signs(updates: Sequence[LowRank | None], entries: int) -> tuple[Tensor, Tensor]:
-    """(entries of opposite sign, entries nonzero in both), (N, N) each, for the whole module."""
-    found = [update.to(device="cpu") for update in updates if update is not None]
+    """(entries of opposite sign, entries nonzero in both), (N, N) each, for the whole module, on the CPU."""
+    found = [update for update in updates if update is not None]
     if entries < 1:
         raise LoraforgeError("the number of entries is out of range", got=entries, expected="1 or more")
     m, n = found[0].shape
     side = math.isqrt(entries)
-    rows, columns = _spaced(m, max(side, entries // n)), _spaced(n, max(side, entries // m))
+    device = found[0].B.device
+    rows = _spaced(m, max(side, entries // n)).to(device)
+    columns = _spaced(n, max(side, entries // m)).to(device)
     N = len(found)
-    signed, both = torch.zeros(N, N, dtype=torch.float64), torch.zeros(N, N, dtype=torch.float64)
+    signed, both = torch.zeros(2, N, N, dtype=torch.float64, device=device)
     block = max(1, _BLOCK // (N * len(columns)))
     # Of the scaling only the sign counts (and 0: then there is no entry).
     factors = [(_wide(u.B[rows]) * math.copysign(u.scaling != 0.0, u.scaling), _wide(u.A[:, columns])) for u in found]
@@ -150,6 +160,7 @@ def _signs(updates: Sequence[LowRank | None], entries: int) -> tuple[Tensor, Ten
         signs.abs_()
         both += signs @ signs.T
     share = len(rows) * len(columns) / (m * n)
+    signed, both = signed.cpu(), both.cpu()
     return (both - signed) / (2 * share), both / share
 
 

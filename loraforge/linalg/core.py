@@ -96,8 +96,9 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
             got=[(type(f).__name__, f.shape) for f in present],
             expected="one shape, and adapters or full checkpoints but not both",
         )
-    if not all(f is None or _is_zero(w, f) for w, f in pairs):
-        pairs = [(w, None if f is None or _is_zero(w, f) else f) for w, f in pairs]
+    moving = _moving(pairs)
+    if any(moving):
+        pairs = [(w, f if own else None) for (w, f), own in zip(pairs, moving, strict=True)]
         present = [f for _, f in pairs if f is not None]
     if all(isinstance(f, Dense) for f in present):
         dtype = torch.float64 if any(f.delta().dtype == torch.float64 for f in present) else torch.float32
@@ -113,8 +114,7 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
     # (c B, A / c) is the same adapter: what is rounding is judged with both factors of each at one size.
     balance = torch.cat([(_norm(a) / _norm(b)).sqrt().expand(b.shape[1]) for b, a in stacked])
     cut = layer.rounding or dtype
-    left, over = _basis(B, balance, cut)
-    right, under = _basis(A.T, 1.0 / balance, cut)
+    (left, over), (right, under) = _bases((B, A.T), (balance, 1.0 / balance), cut)
     blocks: list[Tensor | None] = []
     start = 0
     for _, f in low:
@@ -127,12 +127,17 @@ def core_of(layer: LayerInputs, *, weighted: bool = True) -> Core:
     return Core(left, right, blocks, dtype, cut)
 
 
-def _is_zero(weight: float, update: Update) -> bool:
-    """Whether a weighted delta is 0 because a factor of it is."""
-    if weight * update.scaling == 0.0:
-        return True
-    factors = (update.weight,) if isinstance(update, Dense) else (update.B, update.A)
-    return not all(bool(factor.any()) for factor in factors)
+def _moving(pairs: Sequence[tuple[float, Update | None]]) -> list[bool]:
+    """Which weighted deltas are there and not 0 because a factor of them is; a GPU is asked once for all."""
+    found = [f is not None and w * f.scaling != 0.0 for w, f in pairs]
+    asked: list[tuple[int, Tensor]] = []
+    for place, (_, f) in enumerate(pairs):
+        if f is not None and found[place]:
+            asked += [(place, t.any()) for t in ((f.weight,) if isinstance(f, Dense) else (f.B, f.A))]
+    answers = torch.stack([answer for _, answer in asked]).tolist() if asked else []
+    for (place, _), answer in zip(asked, answers, strict=True):
+        found[place] &= answer
+    return found
 
 
 def _norm(factor: Tensor) -> Tensor:
@@ -141,17 +146,23 @@ def _norm(factor: Tensor) -> Tensor:
     return torch.where(size > 0.0, size, 1.0)
 
 
-def _basis(columns: Tensor, balance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Left singular vectors Q (rows, p) of `columns` (rows, R), and Q^T columns (p, R).
+def _bases(
+    columns: tuple[Tensor, Tensor], balance: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor]]:
+    """Of both sides: left singular vectors Q (rows, p) of the columns (rows, R), and Q^T columns (p, R).
 
     p is the numerical rank of the columns multiplied by `balance` (R,).
     """
-    Q, triangle = torch.linalg.qr(columns)
-    if not bool(torch.isfinite(triangle).all()):
-        raise LoraforgeError("Factors hold NaN or Inf", got=tuple(columns.shape))
-    p = max(1, numerical_rank(torch.linalg.svdvals(triangle * balance).to(dtype)))
-    U = torch.linalg.svd(triangle, full_matrices=False)[0][:, :p]
-    basis = Q @ U
-    sign = column_signs(basis)
-    # Not diag(S) Vh: products keep the digits of small columns beside large ones.
-    return basis * sign, (U * sign).T @ triangle
+    reduced = [torch.linalg.qr(one) for one in columns]
+    if not bool(torch.stack([torch.isfinite(triangle).all() for _, triangle in reduced]).all()):
+        raise LoraforgeError("Factors hold NaN or Inf", got=[tuple(one.shape) for one in columns])
+    spectra = [torch.linalg.svdvals(triangle * b) for (_, triangle), b in zip(reduced, balance, strict=True)]
+    spectra = list(torch.cat(spectra).to(dtype).cpu().split([len(S) for S in spectra]))
+    found = []
+    for (Q, triangle), S in zip(reduced, spectra, strict=True):
+        U = torch.linalg.svd(triangle, full_matrices=False)[0][:, : max(1, numerical_rank(S))]
+        basis = Q @ U
+        sign = column_signs(basis)
+        # Not diag(S) Vh: products keep the digits of small columns beside large ones.
+        found.append((basis * sign, (U * sign).T @ triangle))
+    return found

@@ -1,10 +1,16 @@
-"""Where to compute."""
+"""Where to compute, and what to say where its memory is full."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from loraforge.errors import LoraforgeError, UsageError
+
+ON_CPU = "--device cpu, whose memory is usually larger"
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,3 +33,41 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise LoraforgeError("there is no GPU of this number", got=name, expected=f"below {torch.cuda.device_count()}")
     return device
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most bytes that tensors of this process held on a GPU at a time; None for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def named_when_full(
+    device: torch.device, doing: str, where: Callable[[], str | None] | str | None, hint: str
+) -> Iterator[None]:
+    """Turns a GPU's full memory into an error that says what was done there and what to change.
+
+    Args:
+        device: Where the block computes.
+        doing: What it does, as in "merging a module".
+        where: The module, or what tells it once it is known.
+        hint: What needs less memory.
+
+    Raises:
+        LoraforgeError: The memory of the device is full.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Libraries under PyTorch that allocate by themselves say it in words of their own.
+        full = isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+        if not full or device.type != "cuda":
+            raise
+        free, total = torch.cuda.mem_get_info(device)
+        asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]?i?B)", str(error))
+        raise LoraforgeError(
+            f"the memory of the GPU is full while {doing}",
+            where=where() if callable(where) else where,
+            got=f"{free / 2**20:.0f} MiB free of {total / 2**20:.0f} MiB on {device}",
+            expected=f"room for {asked[1]} more" if asked else None,
+            hint=hint,
+        ) from error

@@ -8,21 +8,20 @@ and other adapters: entry e = row * n + column has 32 bits, eight entries share 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraforge.linalg.elements import Sparsify
+from loraforge.kernels.entrywise import SPAN, draw
+from loraforge.linalg.elements import EntryRules, Sparsify
 from loraforge.types import LayerInputs
-
-_PER_COUNTER = 8  # 32-bit draws of one Philox block of 4 x 64 bits
-SPAN = 2**32
 
 
 class Draws:
-    """Uniform 32-bit draws, one an entry, of one adapter in one module.
+    """Uniform 32-bit draws, one an entry, of one adapter in one module; `key` are the 128 bits that they belong to.
 
     Args:
         seed: The user's seed.
@@ -32,14 +31,11 @@ class Draws:
 
     def __init__(self, seed: int, module: str, key: str) -> None:
         digest = hashlib.sha256("\0".join((str(seed), module, key)).encode()).digest()
-        self._key = int.from_bytes(digest[:16], "little")
+        self.key = int.from_bytes(digest[:16], "little")
 
     def draw(self, first: int, count: int) -> NDArray[np.uint32]:
         """Draws of entries first .. first + count, (count,), each uniform on 0 .. 2^32 - 1."""
-        block, skip = divmod(first, _PER_COUNTER)
-        words = -(-(skip + count) // 2)
-        raw = np.random.Philox(key=self._key, counter=block).random_raw(words)
-        return raw.astype("<u8", copy=False).view("<u4")[skip : skip + count]
+        return draw(self.key, first, count)
 
 
 def draws_of(layer: LayerInputs, seed: int) -> list[Draws]:
@@ -48,7 +44,7 @@ def draws_of(layer: LayerInputs, seed: int) -> list[Draws]:
     return [Draws(seed, layer.module, key) for key in keys]
 
 
-def drop_and_rescale(layer: LayerInputs, density: float, seed: int) -> Sparsify:
+def drop_and_rescale(layer: LayerInputs, density: float, seed: int) -> EntryRules:
     """DARE: keeps an entry with probability `density` and divides what is kept by it.
 
     Args:
@@ -58,16 +54,9 @@ def drop_and_rescale(layer: LayerInputs, density: float, seed: int) -> Sparsify:
     """
     draws = draws_of(layer, seed)
     limit = round(density * SPAN)
-
-    def sparsify(index: int, tile: Tensor, start: int) -> None:
-        if limit == 0:
-            tile.zero_()
-        elif limit < SPAN:
-            rows, n = tile.shape
-            _keep(tile, draws[index].draw(start * n, rows * n).reshape(rows, n) < np.uint32(limit))
-            tile.mul_(1.0 / density)
-
-    return sparsify
+    if limit == 0:
+        return EntryRules([math.inf] * len(draws))
+    return EntryRules([0.0] * len(draws), keys=[one.key for one in draws], limit=limit, gain=1.0 / density)
 
 
 def drop_by_rank(layer: LayerInputs, density: float, epsilon: float, seed: int, *, divide: bool) -> Sparsify:
@@ -108,12 +97,3 @@ def ascending(tile: Tensor) -> NDArray[np.int64]:
     words |= np.arange(sizes.shape[1], dtype=np.uint64)
     words.sort(axis=1)
     return (words & np.uint64(SPAN - 1)).view(np.int64)
-
-
-def _keep(tile: Tensor, mask: NDArray[np.bool_]) -> None:
-    """Zeros what the mask leaves out, in place; through NumPy on the CPU, where its masks are several times faster."""
-    if tile.device.type == "cpu":
-        values = tile.numpy()
-        np.multiply(values, mask, out=values)
-    else:
-        tile.mul_(torch.from_numpy(mask).to(tile.device))

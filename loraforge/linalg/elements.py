@@ -6,7 +6,8 @@ number of modules. A tile's height comes from its width alone and tiles lie on a
 bits however its row is asked for. Products are made in float64 and rounded once.
 
 What a rule does is cut in two: a `Sparsify` changes a tile of one adapter (weights not yet in it), and `summed` or
-`elected` joins the tiles of all adapters with their weights.
+`elected` joins the tiles of all adapters with their weights. Rules that an `EntryRules` can say (limits, random drops)
+run as one fused operator (`kernels.entrywise`) that keeps no tile; any other function works on tiles.
 """
 
 from __future__ import annotations
@@ -20,12 +21,46 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
+from loraforge.kernels.entrywise import SPAN, Part, drop_above, drop_rescale_, entry_merge, join_tiles, keep_from
 from loraforge.types import LayerInputs, LowRank, RowStream, Update
 
 TILE_ENTRIES = 2**17
 
 # (adapter, tile of its rows, first row): zeros and rescales entries in place.
 Sparsify: TypeAlias = Callable[[int, Tensor, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRules:
+    """A `Sparsify` of limits and random drops, which `summed` and `elected` run without keeping a tile.
+
+    Attributes:
+        low: One an adapter: smaller magnitudes are zeroed; 0 keeps all and infinity nothing.
+        high: One an adapter: larger magnitudes are zeroed. Empty: none are.
+        keys: 128 bits an adapter that its draws belong to. Empty: nothing is drawn.
+        limit: An entry is kept where its 32-bit draw is below.
+        gain: Factor of what a draw keeps.
+    """
+
+    low: Sequence[float]
+    high: Sequence[float] = ()
+    keys: Sequence[int] = ()
+    limit: int = SPAN
+    gain: float = 1.0
+
+    def __call__(self, index: int, tile: Tensor, start: int) -> None:
+        """Applies the rule to rows from `start` on of one adapter, in place."""
+        keep_from(tile, self.low[index])
+        if self.high:
+            drop_above(tile, self.high[index])
+        if self.limit < SPAN:
+            drop_rescale_(tile, self.keys[index], start, self.limit, self.gain)
+
+    def part(self, source: Source) -> Part:
+        """The rule and the entries of one adapter."""
+        high = self.high[source.index] if self.high else math.inf
+        key = self.keys[source.index] if self.keys else 0
+        return Part(source.left, source.right, source.scaling, source.weight, self.low[source.index], high, key)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,14 +83,7 @@ class Source:
 
     def fill(self, start: int, tile: Tensor, product: Tensor) -> None:
         """Writes rows from `start` on into `tile`; `product` is a float64 work space of its shape."""
-        rows = self.left[start : start + tile.shape[0]]
-        if self.right is not None:
-            torch.mm(rows, self.right, out=product)
-            tile.copy_(product)
-        elif self.scaling == 1.0:
-            tile.copy_(rows)
-        else:
-            tile.copy_(torch.mul(rows.to(product.dtype), self.scaling))
+        Part(self.left, self.right, self.scaling).fill(start, tile, product)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,17 +107,17 @@ class Deltas:
     def tiles(self, source: Source) -> Iterator[tuple[int, Tensor]]:
         """(first row, tile) of one adapter, without its weight; a tile is overwritten by the next."""
         step = tile_rows(self.shape[1])
-        tile, product = self.work(2)
+        tile, product = self.work()
         for start in range(0, self.shape[0], step):
             rows = min(step, self.shape[0] - start)
             source.fill(start, tile[:rows], product[:rows])
             yield start, tile[:rows]
 
-    def work(self, count: int) -> list[Tensor]:
-        """`count` tiles, the last in float64."""
+    def work(self) -> tuple[Tensor, Tensor]:
+        """A tile, and one in float64."""
         size = (min(tile_rows(self.shape[1]), self.shape[0]), self.shape[1])
-        made = [torch.empty(size, dtype=self.dtype, device=self.device) for _ in range(count - 1)]
-        return [*made, torch.empty(size, dtype=torch.float64, device=self.device)]
+        tile = torch.empty(size, dtype=self.dtype, device=self.device)
+        return tile, torch.empty(size, dtype=torch.float64, device=self.device)
 
 
 def deltas_of(layer: LayerInputs) -> Deltas:
@@ -142,92 +170,71 @@ def tile_rows(n: int) -> int:
 
 def summed(deltas: Deltas, sparsify: Sparsify) -> RowStream:
     """sum_i w_i sparsify(D_i)."""
-
-    def join(start: int, out: Tensor, work: Sequence[Tensor]) -> None:
-        tile, product = work
-        out.zero_()
-        for source in deltas.sources:
-            source.fill(start, tile, product)
-            sparsify(source.index, tile, start)
-            out.add_(tile, alpha=source.weight)
-
-    return _stream(deltas, join, 2)
+    return _joined(deltas, sparsify, elect=False)
 
 
 def elected(deltas: Deltas, sparsify: Sparsify) -> RowStream:
     """The sign election and disjoint mean of TIES on x_i = w_i sparsify(D_i), entry by entry.
 
-    The sign is that of sum_i x_i; the result is the mean of the x_i with that sign, 0 where the sum is exactly 0. With
-    S = sum x, T = sum |x|, c = sum sign(x), z = sum |sign(x)| and g = sign(S) it is (S + g T) / (z + g c): both sums
-    hold each x of the elected sign twice, none cancels, and no adapter's entries have to be kept for a second look.
+    The sign is that of sum_i x_i; the result is the mean of the x_i with that sign, 0 where the sum is exactly 0
+    (`kernels.entrywise` has the formula).
     """
-
-    def join(start: int, out: Tensor, work: Sequence[Tensor]) -> None:
-        tile, sign, sizes, signs, count, product = work
-        for total in (out, sizes, signs, count):
-            total.zero_()
-        for source in deltas.sources:
-            source.fill(start, tile, product)
-            sparsify(source.index, tile, start)
-            if source.weight != 1.0:
-                tile.mul_(source.weight)
-            torch.sign(tile, out=sign)
-            out.add_(tile)
-            sizes.add_(tile.abs_())
-            signs.add_(sign)
-            count.add_(sign.abs_())
-        torch.sign(out, out=sign)
-        out.addcmul_(sizes, sign)
-        out.div_(count.addcmul_(signs, sign).clamp_(min=1.0))
-
-    return _stream(deltas, join, 6)
+    return _joined(deltas, sparsify, elect=True)
 
 
-def _stream(deltas: Deltas, join: Callable[[int, Tensor, Sequence[Tensor]], None], count: int) -> RowStream:
-    """A stream whose rows `join` makes a tile at a time, on the grid of tiles."""
+def _joined(deltas: Deltas, sparsify: Sparsify, *, elect: bool) -> RowStream:
+    if isinstance(sparsify, EntryRules) and deltas.sources:
+        form = _fused(deltas, sparsify, elect=elect)
+    else:
+        form = _by_tiles(deltas, sparsify, elect=elect)
+    return RowStream(deltas.shape, deltas.dtype, deltas.device, form, deltas.rank_bound)
+
+
+def _fused(deltas: Deltas, rules: EntryRules, *, elect: bool) -> Callable[[int, int], Tensor]:
+    """Rows by one operator."""
+    parts, step = [rules.part(source) for source in deltas.sources], tile_rows(deltas.shape[1])
+
+    def form(start: int, stop: int) -> Tensor:
+        return entry_merge(
+            parts, start, stop, limit=rules.limit, gain=rules.gain, elect=elect, dtype=deltas.dtype, step=step
+        )
+
+    return form
+
+
+def _by_tiles(deltas: Deltas, sparsify: Sparsify, *, elect: bool) -> Callable[[int, int], Tensor]:
+    """Rows made a tile at a time, on the grid of tiles."""
     (m, n), step = deltas.shape, tile_rows(deltas.shape[1])
+
+    def changed(row: int, tile: Tensor, product: Tensor) -> Iterator[tuple[float, Tensor]]:
+        for source in deltas.sources:
+            source.fill(row, tile, product)
+            sparsify(source.index, tile, row)
+            yield source.weight, tile
 
     def form(start: int, stop: int) -> Tensor:
         first = start - start % step
         last = min(m, -(-stop // step) * step) if stop > start else first
         out = torch.empty(last - first, n, dtype=deltas.dtype, device=deltas.device)
-        work = deltas.work(count)
+        tile, product = deltas.work()
         for row in range(first, last, step):
             rows = min(step, last - row)
-            join(row, out[row - first : row - first + rows], [w[:rows] for w in work])
+            tiles = changed(row, tile[:rows], product[:rows])
+            join_tiles(tiles, out[row - first : row - first + rows], elect=elect)
         return out[start - first : stop - first]
 
-    return RowStream(deltas.shape, deltas.dtype, deltas.device, form, deltas.rank_bound)
+    return form
 
 
-def trim(thresholds: Sequence[float]) -> Sparsify:
+def trim(thresholds: Sequence[float]) -> EntryRules:
     """Keeps entries at least as large as the adapter's threshold.
 
     Args:
         thresholds: One an adapter; infinity keeps nothing and 0 everything.
     """
-
-    def sparsify(index: int, tile: Tensor, start: int) -> None:
-        keep_from(tile, thresholds[index])
-
-    return sparsify
+    return EntryRules(thresholds)
 
 
-def keep_from(tile: Tensor, threshold: float) -> None:
-    """Zeros the entries smaller than a threshold, in place."""
-    if math.isinf(threshold):
-        tile.zero_()
-    elif threshold > 0.0:
-        # hardshrink keeps what is larger than its bound; one step below the threshold that is what is not smaller.
-        torch.ops.aten.hardshrink.out(tile, below(threshold, tile.dtype), out=tile)
-
-
-def drop_above(tile: Tensor, limit: float) -> None:
-    """Zeros the entries larger than a limit, in place."""
-    tile.sub_(torch.nn.functional.hardshrink(tile, limit))
-
-
-def below(value: float, dtype: torch.dtype) -> float:
-    """The next smaller number of a dtype, as a Python float."""
-    one = torch.tensor(value, dtype=dtype)
-    return float(torch.nextafter(one, torch.zeros_like(one)))
+def between(limits: Sequence[tuple[float, float]]) -> EntryRules:
+    """Keeps entries whose magnitude is from the first to the second number of the adapter's limits."""
+    return EntryRules([low for low, _ in limits], [high for _, high in limits])

@@ -23,8 +23,8 @@ from loraforge.linalg.pool import pool_map
 from loraforge.linalg.rank import RankRule, choose
 from loraforge.types import Dense, LowRank, Update
 
-# Float64 factors of a batch by "is on a GPU": enough modules to spread the cost of small calls over, in little memory.
-BATCH_BYTES = {False: 16 * 2**20, True: 256 * 2**20}
+# Float64 factors of a batch: enough modules to spread the cost of small calls over, in little memory.
+BATCH_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +144,7 @@ def truncate_many(
     """Best approximation of every module under a rank rule, applied to its full spectrum.
 
     Modules of one shape are decomposed in batches, batches in a pool with one BLAS thread each. How modules are
-    batched does not depend on the number of threads.
+    batched does not depend on the number of threads. On a GPU batches follow each other, see `resident`.
 
     Args:
         updates: One update a module, of any shapes.
@@ -160,8 +160,12 @@ def truncate_many(
     rules = [rule] * len(updates) if isinstance(rule, RankRule) else list(rule)
     if len(rules) != len(updates):
         raise LoraforgeError("Rank rules and modules differ in number", got=len(rules), expected=len(updates))
+    if backend == "auto" and updates and all(lr.B.device.type == "cuda" for lr in updates):
+        from loraforge.linalg.resident import truncate_resident
+
+        return truncate_resident(updates, rules)
     done: dict[int, Truncated] = {}
-    for window in windows(batches(updates)):
+    for window in windows(batches(updates, BATCH_BYTES)):
         bases = pool_map(lambda batch: sides([updates[i] for i in batch], backend), window)
         cores = [core for left, right in bases for core in left.triangle @ right.triangle.mT]
         found = iter(batched_core_svd(cores))
@@ -249,14 +253,14 @@ def norm(a: Update) -> float:
     return math.sqrt(max(inner(a, a), 0.0))
 
 
-def batches(updates: Sequence[LowRank]) -> Iterator[list[int]]:
-    """Indices of updates of one shape, rank, dtype and device, within BATCH_BYTES of float64 factors."""
+def batches(updates: Sequence[LowRank], limit: int) -> Iterator[list[int]]:
+    """Indices of updates of one shape, rank, dtype and device, within `limit` bytes of float64 factors."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, lr in enumerate(updates):
         groups.setdefault((lr.B.shape, lr.A.shape, lr.B.dtype, lr.B.device), []).append(index)
     for group in groups.values():
         lr = updates[group[0]]
-        size = max(1, BATCH_BYTES[lr.B.device.type == "cuda"] // (8 * max(1, lr.B.numel() + lr.A.numel())))
+        size = max(1, limit // (8 * max(1, lr.B.numel() + lr.A.numel())))
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 

@@ -54,16 +54,19 @@ class Flattening(Protocol):
 
 def support(S: Tensor, dtype: torch.dtype = torch.float64) -> int:
     """Number of singular values (k,), descending, that are no rounding of inputs of `dtype`; 0 of a zero spectrum."""
-    if S.numel() == 0 or not float(S[0]) > 0.0:
+    values = S.tolist()  # read once: on a GPU every question to a tensor waits for all work before it
+    if not values or not values[0] > 0.0:
         return 0
-    return int((S > NULL.get(dtype, NULL[torch.float32]) * S[0]).sum())
+    cut = NULL.get(dtype, NULL[torch.float32]) * values[0]
+    return sum(value > cut for value in values)
 
 
 def cut_gap(S: Tensor, k: int) -> float:
     """(s_k - s_{k+1}) / s_1 of a falling spectrum: near 0 the best rank k is not unique; 1 where nothing is cut."""
-    if not 0 < k < S.numel() or not float(S[0]) > 0.0:
+    if not 0 < k < S.numel():
         return 1.0
-    return float((S[k - 1] - S[k]) / S[0])
+    first, kept, cut = S[[0, k - 1, k]].tolist()
+    return (kept - cut) / first if first > 0.0 else 1.0
 
 
 def flatten(
@@ -204,12 +207,13 @@ def numbers(before: Tensor, after: Tensor) -> dict[str, float]:
     Returns:
         rank (directions with support), sbar, nuclear_before, nuclear_after, frobenius_before, frobenius_after.
     """
-    p = int((after > 0.0).sum())
+    found = torch.stack([(after > 0.0).sum().to(after.dtype), before.sum(), after.sum(), before.norm(), after.norm()])
+    p, nuclear_before, nuclear_after, frobenius_before, frobenius_after = found.tolist()
     return {
-        "rank": p,
-        "sbar": float(after.sum()) / p if p else 0.0,
-        "nuclear_before": float(before.sum()),
-        "nuclear_after": float(after.sum()),
-        "frobenius_before": float(before.norm()),
-        "frobenius_after": float(after.norm()),
+        "rank": int(p),
+        "sbar": nuclear_after / p if p else 0.0,
+        "nuclear_before": nuclear_before,
+        "nuclear_after": nuclear_after,
+        "frobenius_before": frobenius_before,
+        "frobenius_after": frobenius_after,
     }

@@ -9,6 +9,10 @@ What is kept is Q Q^T delta cut to rank k, an orthogonal projection of delta: it
 the kept S_i^2, and ||delta||_F is known exactly from the factors. So shares of energy are of the full spectrum although
 most of it is never computed.
 
+On a GPU, modules of one shape are sketched together, and blocks of float32 factors are made orthonormal by two passes
+of pivoted Cholesky on their Gram matrix (CholeskyQR2 with cut-off) where the CPU takes Householder QR: a column that
+adds less than the rounding of float32 to the others becomes 0.
+
 Source: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1.
 """
 
@@ -22,6 +26,8 @@ import torch
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError, UsageError
+from loraforge.kernels.core_svd import core_svd_stack
+from loraforge.kernels.gram_cholesky import gram_factor
 from loraforge.linalg.bases import column_signs
 from loraforge.linalg.factored import Truncated, inner, truncate
 from loraforge.linalg.rank import RankRule, choose
@@ -69,30 +75,55 @@ def gaussian(rows: int, columns: int, seed: int, word: str) -> Tensor:
     return torch.randn(rows, columns, generator=generator(seed, word), dtype=torch.float64)
 
 
-def range_basis(B: Tensor, A: Tensor, omega: Tensor, power_iterations: int) -> Tensor:
-    """Orthonormal basis of the sketched range of B A.
+def orthonormal(Y: Tensor, *, gram: bool = False) -> tuple[Tensor, Tensor]:
+    """Y = Q T with orthonormal columns Q.
+
+    Args:
+        Y: (rows, q) or a batch of such, float64.
+        gram: Two passes of pivoted Cholesky on the Gram matrix in place of Householder QR.
+
+    Returns:
+        Q of the shape of Y and T (q, q). In the Gram form Q has columns of zeros where Y has fewer directions than
+        columns to 1e-7 of a column, and Y is Q T to that.
+    """
+    if not gram:
+        Q, T = torch.linalg.qr(Y)
+        return Q, T
+    first = gram_factor((Y.mT @ Y).reshape(-1, Y.shape[-1], Y.shape[-1]))
+    shape = (*Y.shape[:-2], Y.shape[-1], Y.shape[-1])
+    Q = Y @ first.solve.reshape(shape)
+    second = gram_factor((Q.mT @ Q).reshape(-1, Y.shape[-1], Y.shape[-1]))
+    return Q @ second.solve.reshape(shape), (second.triangle @ first.triangle).reshape(shape)
+
+
+def range_basis(B: Tensor, A: Tensor, omega: Tensor, power_iterations: int, *, gram: bool = False) -> Tensor:
+    """Orthonormal basis of the sketched range of B A; all arguments may have a batch in front.
 
     Args:
         B: (m, R) float64.
         A: (R, n) float64.
         omega: (n, q) test matrix, q <= min(m, n).
         power_iterations: Steps of Q <- qr(B A qr((B A)^T Q)).
+        gram: See `orthonormal`.
 
     Returns:
         (m, q).
     """
-    Q: Tensor = torch.linalg.qr(B @ (A @ omega)).Q
+    Q = orthonormal(B @ (A @ omega), gram=gram)[0]
     for _ in range(power_iterations):
-        Q = torch.linalg.qr(A.T @ (B.T @ Q)).Q
-        Q = torch.linalg.qr(B @ (A @ Q)).Q
+        Q = orthonormal(A.mT @ (B.mT @ Q), gram=gram)[0]
+        Q = orthonormal(B @ (A @ Q), gram=gram)[0]
     return Q
 
 
-def project(B: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD of Q Q^T B A for orthonormal Q (m, q): U (m, q), S (q,), Vh (q, n)."""
-    right, triangle = torch.linalg.qr(A.T @ (B.T @ Q))
-    U, S, Vh = torch.linalg.svd(triangle.T, full_matrices=False)
-    return Q @ U, S, Vh @ right.T
+def project(B: Tensor, A: Tensor, Q: Tensor, *, gram: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of Q Q^T B A for orthonormal Q (m, q): U (m, q), S (q,), Vh (q, n); all may have a batch in front.
+
+    `gram` is that of `orthonormal`; the small SVDs then are those of `core_svd_stack`.
+    """
+    right, triangle = orthonormal(A.mT @ (B.mT @ Q), gram=gram)
+    U, S, Vh = core_svd_stack(triangle.mT) if gram else torch.linalg.svd(triangle.mT, full_matrices=False)
+    return Q @ U, S, Vh @ right.mT
 
 
 def exact_is_cheaper(m: int, n: int, R: int, width: int, power_iterations: int) -> bool:
@@ -123,22 +154,65 @@ def randomized_svd(update: LowRank, rule: RankRule, sketch: Sketch, word: str) -
         UsageError: A nuclear share with exact="never": it needs every singular value.
         LoraforgeError: A factor holds NaN or Inf.
     """
-    m, n = update.shape
+    if update.B.device.type == "cuda":
+        from loraforge.linalg.sketched_batch import randomized_svd_many
+
+        return randomized_svd_many([update], rule, sketch, [word])[0]
+    refuse_unseen_shares(rule, sketch)
+    size = inner(update, update)
+    refuse_unbounded(size, update, word)
+    width = first_width(rule, sketch)
+    exact = wants_exact(update, rule, sketch, size)
+    cut = truncate(update, rule) if exact else _sketched(update, rule, sketch, word, width, size)
+    return Approximation(cut.factors.B, cut.factors.A, cut.factors.scaling, cut, exact)
+
+
+def first_width(rule: RankRule, sketch: Sketch) -> int:
+    """Columns that a sketch begins with."""
+    return (rule.rank or rule.max_rank or 32) + sketch.oversampling
+
+
+def wants_exact(update: LowRank, rule: RankRule, sketch: Sketch, size: float) -> bool:
+    """Whether the exact decomposition is taken, for ||delta||_F^2 = size."""
+    if sketch.exact == "always" or rule.nuclear is not None or size == 0.0:
+        return True
+    width = first_width(rule, sketch)
+    return sketch.exact == "auto" and exact_is_cheaper(*update.shape, update.rank, width, sketch.power_iterations)
+
+
+def refuse_unseen_shares(rule: RankRule, sketch: Sketch) -> None:
+    """Refuses a rule that no sketch can follow."""
     if rule.nuclear is not None and sketch.exact == "never":
         raise UsageError(
             "A nuclear share needs every singular value, and a sketch has only some",
             got="nuclear with exact=never",
             expected="exact=auto or another rank rule",
         )
-    size = inner(update, update)
+
+
+def refuse_unbounded(size: float, update: LowRank, word: str) -> None:
+    """Refuses a module whose norm tells of NaN or Inf."""
     if not math.isfinite(size):
+        m, n = update.shape
         raise LoraforgeError("Factors hold NaN or Inf", where=word, got=f"B {(m, update.rank)}, A {(update.rank, n)}")
-    width = (rule.rank or rule.max_rank or 32) + sketch.oversampling
-    exact = sketch.exact == "always" or rule.nuclear is not None or size == 0.0
-    if not exact and sketch.exact == "auto":
-        exact = exact_is_cheaper(m, n, update.rank, width, sketch.power_iterations)
-    cut = truncate(update, rule) if exact else _sketched(update, rule, sketch, word, width, size)
-    return Approximation(cut.factors.B, cut.factors.A, cut.factors.scaling, cut, exact)
+
+
+def seen_rank(
+    S: Tensor, size: float, update: LowRank, rule: RankRule, sketch: Sketch, limit: int
+) -> tuple[int | None, float]:
+    """The rule's rank on a sketch's singular values S (width,), on the CPU, and the energy that it did not see.
+
+    The rank is None where the sketch is too narrow for it; one of `limit` columns never is.
+    """
+    width = S.numel()
+    dtype = update.B.dtype if update.B.dtype == torch.float64 else torch.float32
+    unseen = size - float(S.square().sum())
+    if width == limit or unseen <= update.rank * torch.finfo(torch.float64).eps * size:
+        unseen = 0.0  # everything was seen, the rest is rounding
+    k = _rank_of(S.to(dtype), unseen, rule, *update.shape)
+    if k > width - sketch.oversampling and width < limit:
+        return None, unseen
+    return min(k, width), unseen
 
 
 def _sketched(update: LowRank, rule: RankRule, sketch: Sketch, word: str, width: int, size: float) -> Truncated:
@@ -147,18 +221,13 @@ def _sketched(update: LowRank, rule: RankRule, sketch: Sketch, word: str, width:
     dtype = update.B.dtype if update.B.dtype == torch.float64 else torch.float32
     B, A = update.B.to(torch.float64) * update.scaling, update.A.to(torch.float64)
     limit = min(update.rank, m, n)
-    while True:
+    k = None
+    while k is None:
         width = min(width, limit)
-        omega = gaussian(n, width, sketch.seed, word).to(B.device)
+        omega = gaussian(n, width, sketch.seed, word)
         U, S, Vh = project(B, A, range_basis(B, A, omega, sketch.power_iterations))
-        unseen = size - float(S.square().sum())
-        if width == limit or unseen <= update.rank * torch.finfo(torch.float64).eps * size:
-            unseen = 0.0  # everything was seen, the rest is rounding
-        k = _rank_of(S.to(dtype), unseen, rule, m, n)
-        if k <= width - sketch.oversampling or width == limit:
-            break
+        k, unseen = seen_rank(S, size, update, rule, sketch, limit)
         width *= 2
-    k = min(k, width)
     half = S[:k].sqrt()
     left = (U[:, :k] * half).to(dtype)
     sign = column_signs(left)

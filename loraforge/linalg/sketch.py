@@ -69,12 +69,12 @@ def low_rank(update: Merged, rule: RankRule, module: str = "") -> Truncated:
         W = torch.cat([X.to(torch.float64) for X in _blocks(update)])
         _check(float(W.sum()), module)
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        return _cut(U, S, Vh, float(S.square().sum()), rule, k, update.rows(0, 0).dtype)
+        return _cut(U, S, Vh, None, rule, k, update.rows(0, 0).dtype)
     dtype = torch.float64 if update.rows(0, 0).dtype == torch.float64 else torch.float32
     if m * n * dtype.itemsize <= HELD_BYTES:
         update = Dense(update.delta())
     U, S, Vh, energy = _sketch(update, directions, module, dtype)
-    if dtype == torch.float32 and energy - float(S.square().sum()) < BLURRED * energy:
+    if dtype == torch.float32 and energy - math.fsum(s * s for s in S.tolist()) < BLURRED * energy:
         U, S, Vh, energy = _sketch(update, directions, module, torch.float64)
     return _cut(U, S, Vh, energy, rule, k, dtype)
 
@@ -110,26 +110,31 @@ def _sketch(update: Merged, directions: int, module: str, dtype: torch.dtype) ->
         for X in _blocks(update, dtype):
             Z.addmm_(X.T, X @ narrow)
         V = Z.to(torch.float64)
-        _check(float(V.sum()), module)
     V = torch.linalg.qr(torch.cat([before, torch.linalg.qr(V).Q], dim=1)).Q
     narrow = V.to(dtype)
     parts, squares = [], []
     for X in _blocks(update, dtype):
         parts.append((X @ narrow).to(torch.float64))
-        squares.append(float(torch.linalg.vector_norm(X, dtype=torch.float64)) ** 2)
+        squares.append(torch.linalg.vector_norm(X, dtype=torch.float64).square())
     Q, triangle = torch.linalg.qr(torch.cat(parts))
+    # The device is asked once: a NaN or Inf anywhere in the rows is in their norm, and one in V is in the triangle.
+    energy = torch.stack(squares).sum()
+    size, total = torch.stack([energy, triangle.sum()]).tolist()
+    _check(size + total, module)
     U, S, Vh = torch.linalg.svd(triangle, full_matrices=False)
-    return Q @ U, S, Vh @ V.T, math.fsum(squares)
+    return Q @ U, S, Vh @ V.T, size
 
 
-def _cut(U: Tensor, S: Tensor, Vh: Tensor, energy: float, rule: RankRule, most: int, dtype: torch.dtype) -> Truncated:
+def _cut(
+    U: Tensor, S: Tensor, Vh: Tensor, energy: float | None, rule: RankRule, most: int, dtype: torch.dtype
+) -> Truncated:
     """The rank rule on a spectrum of which the rest is known by its energy alone, and the split of sqrt(S).
 
     Args:
         U: (m, q).
         S: (q,) leading singular values.
         Vh: (q, n).
-        energy: ||W||_F^2.
+        energy: ||W||_F^2; None where S is the whole spectrum.
         rule: The rank rule.
         most: Largest k.
         dtype: Dtype of the rows: its rounding decides which directions are there.
@@ -137,6 +142,8 @@ def _cut(U: Tensor, S: Tensor, Vh: Tensor, energy: float, rule: RankRule, most: 
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     m, n = U.shape[0], Vh.shape[1]
     squares = [s * s for s in S.tolist()]
+    if energy is None:
+        energy = math.fsum(squares)
     rest = energy - math.fsum(squares)
     rest = rest if rest > ROUNDING * energy else 0.0
     known = S

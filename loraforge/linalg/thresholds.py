@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraforge.linalg.elements import Deltas, Source, deltas_of
+from loraforge.kernels.entry_counts import WHOLE, entry_counts_
+from loraforge.linalg.elements import Deltas, Source, deltas_of, tile_rows
 from loraforge.linalg.pool import pool_map
 from loraforge.types import LayerInputs
 
@@ -23,7 +24,6 @@ Layers: TypeAlias = Callable[[], Iterable[LayerInputs]]
 
 # Low end of each digit, from the top; the sign bit is always 0.
 SHIFTS = {torch.float32: (15, 0), torch.float64: (47, 31, 15, 0)}
-_WHOLE = {torch.float32: (torch.int32, 31), torch.float64: (torch.int64, 63)}
 
 
 class Selection:
@@ -38,9 +38,9 @@ class Selection:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
         self._digit = 0
-        self._prefixes: list[int] = []  # the digits found so far, one number for each k
+        self._prefixes = [0]  # the digits found so far, one number for each k
         self._left: list[int] = []  # how far below the largest entry of that prefix the k-th largest is
-        self._counts = [self._zeros()]
+        self._counts = self._zeros()
 
     @property
     def passes(self) -> int:
@@ -54,18 +54,21 @@ class Selection:
 
     def add(self, block: Tensor) -> None:
         """Counts the entries of a block of any shape and either sign; it is left as it is."""
-        whole, width = _WHOLE[self._dtype]
-        bits = block.to(self._dtype).contiguous().view(-1).view(whole) & ((1 << width) - 1)
+        dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+        self._count(block.reshape(1, -1), None, 1.0, dtype, 1)
+
+    def add_rows(self, source: Source, dtype: torch.dtype) -> None:
+        """Counts the entries of one adapter in one module, rounded to `dtype`; they are kept nowhere."""
+        step = tile_rows((source.left if source.right is None else source.right).shape[1])
+        self._count(source.left, source.right, source.scaling, dtype, step)
+
+    def _count(self, left: Tensor, right: Tensor | None, scaling: float, dtype: torch.dtype, step: int) -> None:
         low, high = self._bounds()
-        if self._digit == 0:
-            self._counts[0] += torch.bincount(bits >> low, minlength=self._size()).cpu().numpy()
-            return
-        for prefix in dict.fromkeys(self._prefixes):
-            found = _agreeing(bits, prefix << high, (prefix + 1) << high)
-            counted = torch.bincount((found >> low) - (prefix << (high - low)), minlength=self._size()).cpu().numpy()
-            for index, own in enumerate(self._prefixes):
-                if own == prefix:
-                    self._counts[index] += counted
+        self._counts = self._counts.to(left.device)
+        entry_counts_(
+            self._counts, left, right, scaling=scaling, dtype=dtype, compared=self._dtype,
+            prefixes=self._prefixes, low=low, high=high, step=step,
+        )  # fmt: skip
 
     def narrow(self, ranks: Sequence[int]) -> None:
         """Ends a pass.
@@ -76,9 +79,10 @@ class Selection:
         """
         if self._digit == 0:
             self._prefixes, self._left = [0] * len(ranks), list(ranks)
-            self._counts = self._counts * len(ranks)
         low, high = self._bounds()
-        for index, counts in enumerate(self._counts):
+        for index, counts in enumerate(
+            self._counts[:, :-1].cpu().numpy().repeat(len(ranks) if self._digit == 0 else 1, axis=0)
+        ):
             above = np.cumsum(counts[::-1])
             # Entries that were not given count as zeros: they are below all that were.
             place = int(np.searchsorted(above, self._left[index]))
@@ -90,25 +94,23 @@ class Selection:
             self._prefixes[index] = (self._prefixes[index] << (high - low)) + digit
         self._digit += 1
         if not self.done:
-            self._counts = [self._zeros() for _ in self._prefixes]
+            self._counts = self._zeros()
 
     def values(self) -> list[float]:
         """The k-th largest magnitude for each k; infinity for k = 0, and 0 for k beyond the number of entries."""
-        whole, _ = _WHOLE[self._dtype]
+        whole, _ = WHOLE[self._dtype]
         found = torch.tensor(self._prefixes, dtype=whole).view(self._dtype).tolist()
         return [value if left > 0 else float("inf") for value, left in zip(found, self._left, strict=True)]
 
     def _bounds(self) -> tuple[int, int]:
         """Low and high end of the current digit."""
         shifts = SHIFTS[self._dtype]
-        return shifts[self._digit], shifts[self._digit - 1] if self._digit else _WHOLE[self._dtype][1]
+        return shifts[self._digit], shifts[self._digit - 1] if self._digit else WHOLE[self._dtype][1]
 
-    def _size(self) -> int:
+    def _zeros(self) -> Tensor:
+        """A counter for each value of the current digit, for each k."""
         low, high = self._bounds()
-        return 1 << (high - low)
-
-    def _zeros(self) -> np.ndarray:
-        return np.zeros(self._size(), dtype=np.int64)
+        return torch.zeros(len(self._prefixes), (1 << (high - low)) + 1, dtype=torch.int64)
 
 
 def largest(
@@ -132,14 +134,6 @@ def largest(
     return selection.values()
 
 
-def _agreeing(bits: Tensor, low: int, high: int) -> Tensor:
-    """The entries in low..high - 1; through NumPy on the CPU, where its masks are several times faster."""
-    if bits.device.type != "cpu":
-        return bits[(bits >= low) & (bits < high)]
-    values = bits.numpy()
-    return torch.from_numpy(values[(values >= low) & (values < high)])
-
-
 def kept_count(density: float, entries: int) -> int:
     """floor(density * n)."""
     return math.floor(density * entries)
@@ -152,12 +146,18 @@ def thresholds_in(deltas: Deltas, ranks: Sequence[int]) -> list[list[float]]:
         One list an adapter, one value for each k; [0, ...] for an adapter that adds nothing.
     """
     found = [[0.0] * len(ranks) for _ in range(1 + max((s.index for s in deltas.sources), default=-1))]
-    values = pool_map(
-        lambda source: largest(lambda: (tile for _, tile in deltas.tiles(source)), ranks, deltas.dtype), deltas.sources
-    )
+    values = pool_map(lambda source: _largest_in(deltas, source, ranks), deltas.sources)
     for source, own in zip(deltas.sources, values, strict=True):
         found[source.index] = own
     return found
+
+
+def _largest_in(deltas: Deltas, source: Source, ranks: Sequence[int]) -> list[float]:
+    selection = Selection(deltas.dtype)
+    while not selection.done:
+        selection.add_rows(source, deltas.dtype)
+        selection.narrow(ranks)
+    return selection.values()
 
 
 def trimmed_in(deltas: Deltas, density: float) -> list[float]:
@@ -204,5 +204,4 @@ def _thresholds_over(
 
 def _count(job: tuple[Deltas, Source, Selection]) -> None:
     deltas, source, selection = job
-    for _, tile in deltas.tiles(source):
-        selection.add(tile)
+    selection.add_rows(source, deltas.dtype)

@@ -13,6 +13,7 @@ import torch
 
 import loraforge
 from loraforge.kernels.backend import kernel_report
+from loraforge.linalg.device import peak_bytes
 from loraforge.merging.job import Job
 
 
@@ -76,6 +77,7 @@ def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None
         "phases": job.phases,
         "peak_rss_bytes": peak_rss(),
         "device": str(job.device),
+        "peak_device_bytes": peak_bytes(job.device),
         "seed": getattr(job.params, "seed", seed),
         "kernels": kernel_report(),
         "versions": {"loraforge": loraforge.__version__, "torch": torch.__version__},

@@ -12,9 +12,9 @@ Cost: m n R a pass over the deltas; two passes for the limits, then one each tim
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
 
-from loraforge.linalg.elements import Deltas, Sparsify, deltas_of, drop_above, keep_from, summed
+from loraforge.linalg.elements import Deltas, EntryRules, between, deltas_of, summed
 from loraforge.linalg.thresholds import kept_count, thresholds_in
 from loraforge.merging.elements_params import BreadcrumbsParams
 from loraforge.types import LayerInputs, RowStream
@@ -37,18 +37,9 @@ def merge_layer(layer: LayerInputs, params: BreadcrumbsParams) -> RowStream:
     return summed(deltas, _between(deltas, params))
 
 
-def _between(deltas: Deltas, params: BreadcrumbsParams) -> Sparsify:
+def _between(deltas: Deltas, params: BreadcrumbsParams) -> EntryRules:
     """Keeps the entries between each adapter's limits."""
     n = deltas.shape[0] * deltas.shape[1]
     dropped, kept = kept_count(params.gamma, n), kept_count(params.density, n)
     limits = thresholds_in(deltas, [dropped + 1, dropped + kept])
-
-    def sparsify(index: int, tile: Tensor, start: int) -> None:
-        high, low = limits[index]
-        if kept == 0:
-            tile.zero_()
-            return
-        keep_from(tile, low)
-        drop_above(tile, high)
-
-    return sparsify
+    return between([(low if kept else math.inf, high) for high, low in limits])

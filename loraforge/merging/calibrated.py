@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraforge.calibrate.base import check_inputs, load_base, prefer_kwargs
 from loraforge.calibrate.batches import Batch, make_batches
+from loraforge.calibrate.clock import Clock
 from loraforge.calibrate.data import CalibrationSet, load_calibration
 from loraforge.calibrate.engine import Engine, Monitor
 from loraforge.calibrate.generation import complete_batches
@@ -72,7 +73,8 @@ def merge_calibrated(
         from loraforge.merging.plan import plan_calibrated
 
         return {}, [], {"plan": plan_calibrated(job, batches), "calibration": _account(sets)}
-    factors = {m: [None if f is None else f.to(torch.float64).folded() for f in job.load(m)] for m in job.modules}
+    with job.phase("load adapters"):
+        factors = {m: [None if f is None else f.to(torch.float64).folded() for f in job.load(m)] for m in job.modules}
     options: dict[str, object] = dict(prefer_kwargs(model))
     with job.phase("generate"):
         batches = complete_batches(
@@ -81,6 +83,7 @@ def merge_calibrated(
     with job.phase("trace"):
         trace = trace_model(model, modules, [b.inputs for b in batches], options)
     kept: dict[str, float] = {}
+    clock = Clock(job.device)
     engine = Engine(
         model=model,
         modules=modules,
@@ -89,10 +92,11 @@ def merge_calibrated(
         options=options,
         trace=trace,
         how=collecting(params, job.weights, only_present=job.on_missing == "present"),
-        solve=lambda stats, choices: solve_layer(stats, params, choices),
+        solve=lambda stats, choices: solve_layer(stats, params, choices, clock.part),
         cut=lambda *found: _cut(job, kept, *found),
         monitor=_monitor(params),
         progress=job.progress,
+        clock=clock,
     )
     outcome = _run(job, engine, params)
     _warn_few_tokens(job, engine)
@@ -104,6 +108,8 @@ def merge_calibrated(
             "layers": [engine.layers[name] for name in trace.order],
             "iterations": [{k: _number(v) for k, v in it.items()} for it in engine.iterations],
             **outcome,
+            "seconds": clock.seconds,
+            "operations": clock.work,
         },
         "calibration": _account(sets),
     }

@@ -16,104 +16,107 @@ Sources: IterIS (Chen et al., CVPR 2025, arXiv 2411.15231), the IterIS++ documen
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from loraforge.linalg.leading import leading_subspace
 from loraforge.linalg.metric import left_subspace
+from loraforge.linalg.mixing import BaseProducts, mixed_gram, mixed_lag, mixed_target
 from loraforge.linalg.search import descend_grid
 from loraforge.linalg.spd import Factor, factor_spd
 from loraforge.merging.iteris_params import IterisParams
 from loraforge.types import FoldStats, LayerSolution, LayerStats
 
 Choices = tuple[float | None, float | None]  # (alpha, rho); None where the parameter is a fixed number
+Part = Callable[[str], AbstractContextManager[None]]
 
 ALPHAS: tuple[float | None, ...] = tuple(10.0**e for e in range(-6, 2))  # 1e-6 .. 10
 RHOS: tuple[float | None, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 SKETCH = 32  # rows that a search looks at
+LARGE = 1024  # sides from which an eigendecomposition costs more than a few Krylov steps
 _START = (4, 0)  # alpha 1e-2, rho 0
 
 
-def solve_layer(stats: LayerStats, params: IterisParams, choices: Choices | None = None) -> LayerSolution:
+def solve_layer(
+    stats: LayerStats, params: IterisParams, choices: Choices | None = None, part: Part | None = None
+) -> LayerSolution:
     """The solution of one module.
 
     Args:
         stats: Sums over the calibration tokens.
         params: The method's parameters.
         choices: (alpha, rho) of an earlier pass, taken as they are instead of being searched again.
+        part: Takes the time of a part of the work: search, residual.
 
     Raises:
         LoraforgeError: NaN or Inf in the Gram; names the module.
     """
     report: dict[str, object] = {}
+    part = part or _untimed
     if choices is None:
-        choices = _choose(stats, params, report) if params.searches else (None, None)
-    total = _sum_folds(stats.folds)
-    state, factor = _solve(stats, total, params, choices)
+        with part("search"):
+            choices = _choose(stats, params, report) if params.searches else (None, None)
+    right, factor = _system(stats, stats.folds, params, choices)
     if not any(stats.gram_norms):
-        state = _mean_of_adapters(stats)  # the limit of a vanishing input
+        right = _mean_of_adapters(stats) @ factor.L @ factor.L.mT  # the limit of a vanishing input
     left = None
-    if stats.base_weight is not None:
+    if stats.base_weight is None:
+        coordinates = factor.solve_right(right)
+    else:
         # The full-weight solution is dense: its best update of rank R in the metric of the outputs is what counts.
-        left = left_subspace(state, factor.L)
-        U = left[0][:, : stats.rank]
-        state = U @ (U.mT @ state)
+        # M = state L comes out of half a solve, and only R rows of the state itself are wanted: U^T M L^{-1}.
+        M = factor.half_solve_right(right)
+        del right
+        left = _leading(M, stats.rank)
+        coordinates = factor.other_half_right(left[0].mT @ M)
     report["alpha"] = choices[0] if params.alpha_1 == "auto" else params.alpha_1
     report["rho"] = choices[1] if params.reg_ceof == "auto" else params.reg_ceof
     report |= {"solver": factor.info.solver, "jitter": factor.info.jitter, "condition": factor.info.condition}
-    report["residual_before"] = _residual(stats, total, _mean_of_adapters(stats))
-    report["residual_after"] = _residual(stats, total, state)
-    return LayerSolution(state, factor.L, left, choices, report)
+    with part("residual"):
+        report["residual_before"] = _residual(stats, *_mean_factors(stats))
+        report["residual_after"] = _residual(stats, None if left is None else left[0], coordinates)
+    return LayerSolution(coordinates, factor.L, left, choices, report)
 
 
-def _sum_folds(folds: Sequence[FoldStats], leave_out: int | None = None) -> FoldStats:
-    """The sum of all folds but one."""
-    kept = [f for k, f in enumerate(folds) if k != leave_out]
-
-    def add(parts: list[Tensor | None]) -> Tensor | None:
-        present = [p for p in parts if p is not None]
-        return functools.reduce(torch.add, present) if present else None
-
-    gram, target = add([f.gram for f in kept]), add([f.target for f in kept])
-    assert gram is not None and target is not None  # every fold has both
-    return FoldStats(
-        gram,
-        target,
-        add([f.cross for f in kept]),
-        add([f.prior for f in kept]),
-        add([f.target_prior for f in kept]),
-        sum(f.share for f in kept),
-    )
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
-def _mix(fold: FoldStats, rho: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gram, target and cross-Gram for X~ <- (1 - rho) X~ + rho X; as collected where rho was fixed (None)."""
-    if rho is None or rho == 0.0:
-        return fold.gram, fold.target, fold.cross
-    assert fold.cross is not None and fold.prior is not None and fold.target_prior is not None
-    keep = 1.0 - rho
-    gram = keep**2 * fold.gram + keep * rho * (fold.cross + fold.cross.mT) + rho**2 * fold.prior
-    return gram, keep * fold.target + rho * fold.target_prior, keep * fold.cross + rho * fold.prior
+def _leading(M: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of the `rank` largest values of M (p, d), and values whose squares add up to ||M||_F^2."""
+    if min(M.shape) >= LARGE and 4 * rank <= min(M.shape):
+        return leading_subspace(M, rank)
+    U, S = left_subspace(M, None)
+    return U[:, :rank], S
 
 
-def _solve(stats: LayerStats, fold: FoldStats, params: IterisParams, choices: Choices) -> tuple[Tensor, Factor]:
-    """S = T1 T2^{-1} (p, d) on the sums of some folds, and the factor of T2."""
-    gram, target, cross = _mix(fold, choices[1])
-    diagonals = [camr_diagonals(stats, params, i, choices[0], fold.share) for i in range(len(stats.pairs))]
-    T1 = target + _prior_target(stats, [a1 for a1, _ in diagonals])
-    shift = _weighted_sum(stats, [a2 for _, a2 in diagonals])
-    if stats.base_weight is not None and cross is not None:
-        T1 += stats.base_weight @ (cross - gram)
-        T1 += stats.base_weight * (_weighted_sum(stats, [a1 for a1, _ in diagonals]) - shift)
-    T2 = gram.clone()
+def _system(
+    stats: LayerStats, folds: Sequence[FoldStats], params: IterisParams, choices: Choices
+) -> tuple[Tensor, Factor]:
+    """T1 (p, d), and the factor of T2, on the sums of some folds."""
+    prior, shift, lag = _regulariser(stats, params, choices[0], sum(f.share for f in folds))
+    T1 = mixed_target(folds, choices[1]).add_(prior)
+    if stats.base_weight is not None and folds[0].cross is not None:
+        T1.addmm_(stats.base_weight, mixed_lag(folds, choices[1]))
+        T1.addcmul_(stats.base_weight, lag)
+    T2 = mixed_gram(folds, choices[1])
     T2.diagonal().add_(shift)
-    factor = factor_spd(T2, stats.module)
-    state = factor.solve_right(T1)
-    return state, factor
+    return T1, factor_spd(T2, stats.module)
+
+
+def _regulariser(
+    stats: LayerStats, params: IterisParams, alpha: float | None, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_i c_i lambda_i D_i diag(a1_i) (p, d), sum_i c_i lambda_i a2_i (d,), and the latter of a1_i - a2_i."""
+    diagonals = [camr_diagonals(stats, params, i, alpha, share) for i in range(len(stats.pairs))]
+    prior = _prior_target(stats, [a1 for a1, _ in diagonals])
+    shift = _weighted_sum(stats, [a2 for _, a2 in diagonals])
+    return prior, shift, _weighted_sum(stats, [a1 for a1, _ in diagonals]) - shift
 
 
 def _weighted_sum(stats: LayerStats, diagonals: Sequence[Tensor]) -> Tensor:
@@ -121,13 +124,20 @@ def _weighted_sum(stats: LayerStats, diagonals: Sequence[Tensor]) -> Tensor:
     return torch.stack([c * a for c, a in zip(stats.coefficients, diagonals, strict=True)]).sum(0)
 
 
+def _prior_factors(stats: LayerStats, diagonals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """sum_i c_i lambda_i D_i diag(a_i) as a product of (p, R) and (R, d)."""
+    rows = [
+        c * (pair[1] * a)
+        for pair, c, a in zip(stats.pairs, stats.coefficients, diagonals, strict=True)
+        if pair is not None
+    ]
+    return stats.folds[0].outputs, torch.cat(rows)
+
+
 def _prior_target(stats: LayerStats, diagonals: Sequence[Tensor]) -> Tensor:
     """(p, d) sum_i c_i lambda_i D_i diag(a_i)."""
-    total = torch.zeros_like(stats.folds[0].target)
-    for pair, c, a in zip(stats.pairs, stats.coefficients, diagonals, strict=True):
-        if pair is not None:
-            total += c * (pair[0] @ (pair[1] * a))
-    return total
+    outputs, rows = _prior_factors(stats, diagonals)
+    return outputs @ rows
 
 
 def camr_diagonals(
@@ -173,7 +183,6 @@ def _normalised(v: Tensor, by: str, direction: str) -> Tensor:
 
 def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) -> Choices:
     """The (alpha, rho) with the least objective on folds that the solve did not see."""
-    stats = _sketch(stats)
     alphas = ALPHAS if params.alpha_1 == "auto" else (None,)
     rhos = RHOS if params.reg_ceof == "auto" else (None,)
     prior = stats.folds[0].prior
@@ -183,19 +192,71 @@ def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) 
     start = (min(_START[0], len(alphas) - 1), min(_START[1], len(rhos) - 1))
     if not used:  # all tokens in one fold: nothing is left to hold out
         return alphas[start[0]], rhos[start[1]]
-    training = {k: _sum_folds(stats.folds, leave_out=k) for k in used}
+    search = Search(_sketch(stats), params)
 
     def objective(row: int, column: int) -> float:
-        pair = (alphas[row], rhos[column])
-        states = {k: _solve(stats, training[k], params, pair)[0] for k in used}
-        return sum(_objective(stats, stats.folds[k], states[k]) for k in used)
+        return sum(search.held_out(k, (alphas[row], rhos[column])) for k in used)
 
     (row, column), seen = descend_grid(objective, len(alphas), len(rhos), start)
-    mean = _mean_of_adapters(stats)
-    reference = -sum(_objective(stats, stats.folds[k], mean) for k in used)
+    reference = -sum(search.of_mean(k) for k in used)
     gain = -seen[row, column] - reference
     report["heldout_gain"] = gain / abs(reference) if reference else 0.0
     return alphas[row], rhos[column]
+
+
+class Search:
+    """The held-out objective at any (alpha, rho).
+
+    The base weight meets the sums of every fold once; after that a point costs the factorisation of one Gram a fold
+    and products with p rows.
+
+    Args:
+        stats: The module's sums, with few rows p (`_sketch`).
+        params: The method's parameters.
+    """
+
+    def __init__(self, stats: LayerStats, params: IterisParams) -> None:
+        self._stats, self._params = stats, params
+        self._base = [BaseProducts.of(stats.base_weight, fold) for fold in stats.folds]
+        self._mixed: dict[int, tuple[float, Tensor]] = {}
+
+    def held_out(self, fold: int, choices: Choices) -> float:
+        """The objective on a fold of the solution on the others."""
+        alpha, rho = choices
+        rest = [k for k in range(len(self._stats.folds)) if k != fold]
+        folds = [self._stats.folds[k] for k in rest]
+        prior, shift, lag = _regulariser(self._stats, self._params, alpha, sum(f.share for f in folds))
+        T1 = mixed_target(folds, rho).add_(prior)
+        for base in (self._base[k] for k in rest):
+            if base is not None:
+                T1 += base.lag(rho or 0.0)
+        if self._stats.base_weight is not None and self._base[fold] is not None:
+            T1.addcmul_(self._stats.base_weight, lag)
+        T2 = self._gram(fold, folds, rho)
+        diagonal = T2.diagonal()
+        kept = diagonal.clone()
+        diagonal.add_(shift)
+        state = factor_spd(T2, self._stats.module).solve_right(T1)
+        diagonal.copy_(kept)
+        return self._on(fold, state)
+
+    def of_mean(self, fold: int) -> float:
+        """The objective on a fold of the mean of the adapters."""
+        return self._on(fold, _mean_of_adapters(self._stats))
+
+    def _gram(self, fold: int, folds: Sequence[FoldStats], rho: float | None) -> Tensor:
+        """The mixed Gram of the other folds: collected, or the last one that was made; to be left as it was."""
+        if len(folds) == 1 and not rho:
+            return folds[0].gram
+        if fold not in self._mixed or self._mixed[fold][0] != (rho or 0.0):
+            self._mixed.pop(fold, None)  # its memory first
+            self._mixed[fold] = (rho or 0.0, mixed_gram(folds, rho))
+        return self._mixed[fold][1]
+
+    def _on(self, fold: int, state: Tensor) -> float:
+        sums, base = self._stats.folds[fold], self._base[fold]
+        target = sums.target if base is None else sums.target + base.lag(0.0)
+        return float((state * (state @ sums.gram - 2.0 * target)).sum())
 
 
 def _sketch(stats: LayerStats) -> LayerStats:
@@ -204,38 +265,52 @@ def _sketch(stats: LayerStats) -> LayerStats:
     Rows of the solution depend on the same rows of the target alone, so the objective is a sum over rows, and Gaussian
     combinations estimate it without bias: what a search needs, at a cost that does not grow with m in full mode.
     """
-    p = stats.folds[0].target.shape[0]
+    p = stats.folds[0].outputs.shape[0]
     if p <= SKETCH:
         return stats
     generator = torch.Generator().manual_seed(p)
     draw = torch.randn(SKETCH, p, generator=generator, dtype=torch.float64) / math.sqrt(SKETCH)
-    draw = draw.to(stats.folds[0].target.device)
-
-    def rows(t: Tensor | None) -> Tensor | None:
-        return None if t is None else draw @ t
-
-    folds = [replace(f, target=draw @ f.target, target_prior=rows(f.target_prior)) for f in stats.folds]
+    draw = draw.to(stats.folds[0].outputs.device)
+    outputs = draw @ stats.folds[0].outputs
+    folds = [replace(f, outputs=outputs) for f in stats.folds]
     pairs = [None if pair is None else (draw @ pair[0], pair[1]) for pair in stats.pairs]
-    return replace(stats, folds=folds, pairs=pairs, base_weight=rows(stats.base_weight))
+    base = None if stats.base_weight is None else draw @ stats.base_weight
+    return replace(stats, folds=folds, pairs=pairs, base_weight=base)
 
 
-def _mean_of_adapters(stats: LayerStats) -> Tensor:
-    """(p, d) mean of the adapters' deltas, weighted as the regulariser's prior is: the limit of a large alpha."""
+def _mean_factors(stats: LayerStats) -> tuple[Tensor, Tensor]:
+    """Mean of the adapters' deltas, weighted as the regulariser's prior is (the limit of a large alpha), as factors."""
     ones = torch.ones_like(stats.variances[0])
     # Where no feature ever fires all norms are 0, and the coefficients alone weigh the mean.
     norms = [n * ones for n in stats.gram_norms] if any(stats.gram_norms) else [ones] * len(stats.pairs)
     total = _weighted_sum(stats, norms)
-    return _prior_target(stats, norms) / torch.where(total == 0, 1.0, total)
+    outputs, rows = _prior_factors(stats, norms)
+    return outputs, rows / torch.where(total == 0, 1.0, total)
 
 
-def _residual(stats: LayerStats, total: FoldStats, state: Tensor) -> float | None:
-    """Share of the task models' output energy at this module that the merged delta misses; None without any energy."""
-    return (stats.energy + _objective(stats, total, state)) / stats.energy if stats.energy > 0 else None
+def _mean_of_adapters(stats: LayerStats) -> Tensor:
+    """(p, d) that mean."""
+    outputs, rows = _mean_factors(stats)
+    return outputs @ rows
 
 
-def _objective(stats: LayerStats, fold: FoldStats, state: Tensor) -> float:
-    """tr(S G S^T) - 2 tr(S T^T) on one fold: the IterIS objective less a constant."""
-    target = fold.target
-    if stats.base_weight is not None and fold.cross is not None:
-        target = target + stats.base_weight @ (fold.cross - fold.gram)
-    return float((state * (state @ fold.gram - 2.0 * target)).sum())
+def _residual(stats: LayerStats, left: Tensor | None, rows: Tensor) -> float | None:
+    """Share of the task models' output energy at this module that a delta misses; None without any energy.
+
+    Args:
+        stats: The module's sums.
+        left: (p, q), or None for the identity: the delta is left @ rows.
+        rows: (q, d).
+    """
+    if stats.energy <= 0:
+        return None
+    # Only q rows meet the sums: tr(S G S^T) - 2 tr(S T^T) with S = left @ rows.
+    weighted = rows if left is None else (left.mT @ left) @ rows
+    outputs = stats.folds[0].outputs if left is None else left.mT @ stats.folds[0].outputs
+    base = stats.base_weight if left is None or stats.base_weight is None else left.mT @ stats.base_weight
+    missed = stats.energy
+    for fold in stats.folds:
+        missed += float((weighted * (rows @ fold.gram)).sum()) - 2.0 * float((rows * (outputs @ fold.features)).sum())
+        if base is not None and fold.cross is not None:
+            missed -= 2.0 * float((rows * (base @ fold.cross - base @ fold.gram)).sum())
+    return missed / stats.energy

@@ -19,6 +19,25 @@ from loraforge.types import LayerInputs, LowRank
 Progress = Callable[[str, str, int, int], None]
 
 
+class Told:
+    """Remembers what progress was told last, and passes it on.
+
+    Attributes:
+        detail: The module that is worked on; None before the first.
+    """
+
+    def __init__(self, listener: Progress | None) -> None:
+        """Passes on to `listener`, if there is one."""
+        self.detail: str | None = None
+        self._listener = listener
+
+    def __call__(self, stage: str, detail: str, done: int, total: int) -> None:
+        """Progress, as everywhere."""
+        self.detail = detail
+        if self._listener is not None:
+            self._listener(stage, detail, done, total)
+
+
 class Loader:
     """Reads modules of adapters as their files have them."""
 

@@ -154,7 +154,9 @@ def load_statistics(
     return [stats_for(path, modules) for path in stats]
 
 
-def choose_loader(row: MethodRow, adapters: Sequence[Adapter], base: Any, rule: RankRule, output_kind: str) -> Loader:
+def choose_loader(
+    row: MethodRow, adapters: Sequence[Adapter], base: Any, rule: RankRule, output_kind: str, device: torch.device
+) -> Loader:
     """How modules are read: as they are, or with DoRA turned into an additive update of the base.
 
     That update is whole where a model is written by a method that takes task vectors, else cut to a low rank: by the
@@ -165,7 +167,7 @@ def choose_loader(row: MethodRow, adapters: Sequence[Adapter], base: Any, rule: 
     from loraforge.merging.models.dora import DoraLoader
 
     whole = output_kind == "model" and row.checkpoints
-    return DoraLoader(base, rule=None if rule.is_lossless else rule, dense=whole)
+    return DoraLoader(base, rule=None if rule.is_lossless else rule, dense=whole, device=device)
 
 
 def choose_format(asked: str, adapters: Sequence[Adapter]) -> str:

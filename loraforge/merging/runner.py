@@ -16,12 +16,14 @@ from loraforge.adapters import (
     resolve_heads,
     unique_names,
 )
-from loraforge.linalg.device import choose_device
+from loraforge.linalg.device import choose_device, named_when_full
 from loraforge.merging import checks, options
-from loraforge.merging.job import Job, Progress
+from loraforge.merging.job import Job, Progress, Told
 from loraforge.merging.methods import find_method
 from loraforge.merging.result import MergeResult
 from loraforge.merging.sinks import Output, held, result_to_model, to_disk, to_memory, to_model
+
+LESS = "a smaller --batch-tokens, fewer --samples, --set base_dtype=bfloat16, or --device cpu"
 
 
 def merge(
@@ -174,7 +176,7 @@ def merge(
         post=options.post_params(row, parameters, post),
         budget=options.check_budget(row, budget, rule, uniform_rank=uniform_rank),
         stats=options.load_statistics(row, stats, names, modules),
-        loader=options.choose_loader(row, opened, base, rule, kind),
+        loader=options.choose_loader(row, opened, base, rule, kind, place),
         warnings=[
             *forced,
             *heads.notes,
@@ -208,7 +210,10 @@ def _calibrated(
     if job.row.needs == "calibration":
         from loraforge.merging.calibrated import merge_calibrated
 
-        merged, layers, extra = merge_calibrated(job, base, calibration, batch_tokens, template, dry_run)
+        told = Told(job.progress)
+        job.progress = told
+        with named_when_full(job.device, "calibrating", lambda: told.detail, LESS):
+            merged, layers, extra = merge_calibrated(job, base, calibration, batch_tokens, template, dry_run)
         if output.resume:
             job.warnings.append("a calibrated merge is solved in one piece: --resume had nothing to continue")
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 import loraforge
 from loraforge.adapters import AdapterWriter, HeadsPlan
 from loraforge.errors import LoraforgeError
+from loraforge.linalg.device import ON_CPU, named_when_full
 from loraforge.linalg.factored import pad
 from loraforge.merging.account import merge_report
 from loraforge.merging.job import Job
@@ -59,7 +60,8 @@ def held(
     biases: Mapping[str, Tensor],
     extra: Mapping[str, Any] | None = None,
 ) -> MergeResult:
-    """A result in memory; with `uniform_rank` every module is padded to the widest."""
+    """A result in memory, the computer's own; with `uniform_rank` every module is padded to the widest."""
+    merged = {name: pair.to(device="cpu") for name, pair in merged.items()}
     if job.uniform_rank and merged:
         widest = max(pair.rank for pair in merged.values())
         merged = {name: pad(pair, widest) for name, pair in merged.items()}
@@ -71,14 +73,15 @@ def held(
 
 def to_memory(job: Job, output: Output) -> MergeResult:
     """A data-free merge held in memory; written at the end where there is a folder to write to."""
-    found = list(pieces(job))
-    result = held(
-        job,
-        output,
-        {piece.module: _factors(piece) for piece in found},
-        [piece.row for piece in found],
-        {piece.module: piece.bias for piece in found if piece.bias is not None},
-    )
+    merged: dict[str, LowRank] = {}
+    rows: list[dict[str, Any]] = []
+    biases: dict[str, Tensor] = {}
+    for piece in pieces(job):
+        merged[piece.module] = _factors(piece)
+        rows.append(piece.row)
+        if piece.bias is not None:
+            biases[piece.module] = piece.bias
+    result = held(job, output, merged, rows, biases)
     if output.out is not None:
         result.save(output.out, output.overwrite, output.format)
     return result
@@ -143,11 +146,13 @@ def _baked(
 ) -> MergeResult:
     from loraforge.merging.models.bake import bake
 
-    found = bake(
-        stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules,
-        dtype=output.asked_dtype,
-        overwrite=output.overwrite, report=report, progress=job.progress,
-    )  # fmt: skip
+    # Rows of what has no low rank are made while they are added.
+    with named_when_full(job.device, "adding the merged updates to the base", None, ON_CPU):
+        found = bake(
+            stream, base, output.out or "", adapters=job.adapters, heads=output.heads, modules=job.modules,
+            dtype=output.asked_dtype, device=job.device,
+            overwrite=output.overwrite, report=report, progress=job.progress,
+        )  # fmt: skip
     return MergeResult({}, found, job.adapters, output.heads, output.dtype)
 
 
@@ -183,11 +188,11 @@ def _digest(found: Mapping[str, Tensor]) -> str:
 
 
 def _factors(piece: Piece) -> LowRank:
-    """The factors of a module that was cut to a low rank.
+    """The factors of a module that was cut to a low rank, away from the GPU that others need.
 
     Raises:
         LoraforgeError: It was not (the rank rule left a result without a low rank).
     """
     if not isinstance(piece.update, LowRank):
         raise LoraforgeError("A merged module has no low rank", where=piece.module, got=type(piece.update).__name__)
-    return piece.update
+    return piece.update.to(device="cpu")

@@ -6,7 +6,9 @@ modules. The result does not depend on how modules are cut in windows or on the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from loraforge.linalg.budget import share_budget
+from loraforge.linalg.device import ON_CPU, named_when_full
 from loraforge.linalg.factored import Truncated, norm, truncate_many
 from loraforge.linalg.flatten import NULL, cut_gap, flatten_update
 from loraforge.linalg.pool import pool_map
@@ -59,9 +62,10 @@ def pieces(job: Job, done: Container[str] = (), *, whole: bool = False) -> Itera
         rules = _share(job, context)
     count = len(job.modules) - len(modules)
     for window in windows(job, modules):
-        layers, merged = _merge(job, window, context)
-        with job.phase("rank"):
-            found = _cut(job, layers, merged, rules, whole=whole)
+        with _on_device(job, window):
+            layers, merged = _merge(job, window, context)
+            with job.phase("rank"):
+                found = _cut(job, layers, merged, rules, whole=whole)
         for layer, (update, row) in zip(layers, found, strict=True):
             yield Piece(layer.module, update, _with_loss(row, job.lost(layer.module)), job.bias(layer.module))
             count += 1
@@ -85,6 +89,12 @@ def windows(job: Job, modules: Sequence[str]) -> Iterator[list[str]]:
         yield window
 
 
+def _on_device(job: Job, window: Sequence[str]) -> AbstractContextManager[None]:
+    """What computes on the modules of a window: says which they were where the device has no room for them."""
+    where = window[0] if len(window) == 1 else f"{window[0]} to {window[-1]}"
+    return named_when_full(job.device, "merging", where, ON_CPU)
+
+
 def _survey(job: Job) -> Any:
     """What the method has to know of all modules before the first is merged."""
     survey = job.row.load_survey()
@@ -93,10 +103,12 @@ def _survey(job: Job) -> Any:
 
     def layers() -> Iterator[LayerInputs]:
         for done, module in enumerate(job.modules):
+            seen[:] = [module]
             job.tell("survey", module, done, len(job.modules))
             yield job.layer(module)
 
-    with job.phase("survey"):
+    seen: list[str] = []
+    with job.phase("survey"), named_when_full(job.device, "looking at all modules", lambda: "".join(seen), ON_CPU):
         return survey(layers, job.params)
 
 
@@ -118,9 +130,10 @@ def _share(job: Job, context: Any) -> dict[str, RankRule]:
     shapes: dict[str, tuple[int, int]] = {}
     unposted = replace(job, post=None, rule=RankRule(), progress=None, warnings=[])
     for window in windows(job, job.modules):
-        layers, merged = _merge(job, window, context)
-        with job.phase("rank"):
-            cut = _truncate(unposted, layers, merged, [RankRule()] * len(layers))
+        with _on_device(job, window):
+            layers, merged = _merge(job, window, context)
+            with job.phase("rank"):
+                cut = _truncate(unposted, layers, merged, [RankRule()] * len(layers))
         for layer, result in zip(layers, cut, strict=True):
             spectra[layer.module], shapes[layer.module] = result.spectrum, layer.shape
             job.tell("spectra", layer.module, len(spectra), len(job.modules))
@@ -138,7 +151,8 @@ def _cut(
     for index, (layer, update, rule) in enumerate(zip(layers, merged, chosen, strict=True)):
         plain = rule.is_lossless and job.post is None
         if plain and isinstance(update, Approximation) and update.account is not None:
-            out[index] = LowRank(update.B, update.A), _cut_row(job, layer.module, update.account, clamp=True)
+            account = _with_spectra_here([update.account])[0]
+            out[index] = LowRank(update.B, update.A), _cut_row(job, layer.module, account, clamp=True)
             _tell_exact(job, update)
         elif plain and (whole or isinstance(update, LowRank)):
             out[index] = update, _row(layer.module, update)
@@ -169,7 +183,16 @@ def _truncate(
         return low_rank(update, replace(rule, rank=rank, max_rank=max(most, rule.min_rank)), layers[index].module)
 
     found.update(zip(rest, pool_map(sketch, rest), strict=True))
-    return [found[index] for index in range(len(merged))]
+    return _with_spectra_here([found[index] for index in range(len(merged))])
+
+
+def _with_spectra_here(cuts: Sequence[Truncated]) -> list[Truncated]:
+    """The same with spectra in the computer's own memory, where the report reads them; a GPU is waited for once."""
+    there = [cut.spectrum for cut in cuts if cut.spectrum.device.type != "cpu"]
+    if not there:
+        return list(cuts)
+    here = iter(torch.cat(there).cpu().split([len(S) for S in there]))
+    return [cut if cut.spectrum.device.type == "cpu" else replace(cut, spectrum=next(here)) for cut in cuts]
 
 
 def _stacked_rank(layer: LayerInputs) -> int:
@@ -183,7 +206,8 @@ def _posted(job: Job, layer: LayerInputs, result: Truncated, *, clamp: bool) -> 
     row = _cut_row(job, layer.module, result, clamp=clamp)
     if job.post is None:
         return result.factors, row
-    mean = sum(abs(w) * norm(f) for w, f in layer.present) / layer.count
+    asked = job.post.target_norm == "mean-adapter"
+    mean = sum(abs(w) * norm(f) for w, f in layer.present) / layer.count if asked else None
     flat, numbers = flatten_update(result.factors, result.spectrum, job.post, adapter_norm=mean)
     return flat, row | {"rank": flat.rank, "post": numbers}
 
@@ -236,8 +260,9 @@ def _row(module: str, update: Merged) -> dict[str, Any]:
 def _row_norm(update: Merged) -> float:
     """Frobenius norm of an update from blocks of its rows."""
     step = max(1, 2**20 // max(1, update.shape[1]))
-    squares = (update.rows(i, min(i + step, update.shape[0]), torch.float64) for i in range(0, update.shape[0], step))
-    return float(sum(float(block.square().sum()) for block in squares) ** 0.5)
+    blocks = (update.rows(i, min(i + step, update.shape[0]), torch.float64) for i in range(0, update.shape[0], step))
+    squares = torch.stack([block.square().sum() for block in blocks]).tolist()
+    return math.fsum(squares) ** 0.5
 
 
 def _rule_of(job: Job, layer: LayerInputs) -> RankRule:

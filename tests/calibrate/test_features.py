@@ -12,8 +12,9 @@ from loraforge.calibrate.batches import Batch
 from loraforge.calibrate.features import Features
 from loraforge.calibrate.lockstep import Deltas, Visit
 from loraforge.calibrate.trace import Call, Trace
-from loraforge.calibrate.weights import Collecting, Weighting
+from loraforge.calibrate.weights import Collecting, Weighting, times
 from loraforge.errors import LoraforgeError
+from loraforge.kernels.covariance import cov_pack
 
 D, M = 5, 3
 # Two batches: task 0, samples of 3 and 2 tokens; task 1, one sample of 4. The decoder reads two tokens of each sample.
@@ -122,6 +123,67 @@ def test_rows_are_float32_or_float64(dtype: torch.dtype, wide: torch.dtype) -> N
     assert X.dtype == wide and torch.equal(X, visits[0].x[MASKS[0]].to(wide))
 
 
+def test_masks_are_read_once_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every packing is told how many rows it keeps, so that no visit of a module waits for the device."""
+    told: list[tuple[int, int | None]] = []
+
+    def pack(x: Tensor, mask: Tensor, weight: None, dtype: torch.dtype, rows: int | None = None) -> Tensor:
+        told.append((len(x), rows))
+        return cov_pack(x, mask, weight, dtype, rows=rows)
+
+    monkeypatch.setattr("loraforge.calibrate.features.cov_pack", pack)
+    scene = Scene()
+    scene.features.pack("q", scene.visits())
+    assert told == [(6, 5), (6, 5), (4, 3), (4, 3)]
+    told.clear()
+    X, _ = scene.features.pack("top", scene.visits(DECODER))[1]
+    assert told == [(4, 3), (4, 3)] and len(X) == 2, "a mask that is set throughout packs nothing"
+
+
+def test_16_bit_rows_are_multiplied_as_they_are_by_matrices_that_are_not() -> None:
+    X, A = draw(50, D).bfloat16(), draw(2, D, seed=1)
+    found = times(X, A)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), X.double() @ A.mT, rtol=1e-5, atol=1e-5)
+    assert times(X.double(), A).dtype == torch.float64
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"rho": None}, torch.bfloat16),
+        ({"rho": 0.25}, torch.float32),
+        ({"weighting": Weighting(1.0, 0.25, "gaussian", False)}, torch.float32),
+    ],
+    ids=["plain", "search", "mixed", "weighted"],
+)
+def test_rows_of_a_16_bit_model_on_the_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    scene = Scene(lambda_weight="full", **changes)
+    scene.modules["q"].to("cuda", torch.bfloat16).requires_grad_(False)
+    moved = [(b.to("cuda", torch.bfloat16), a.to("cuda", torch.bfloat16)) for b, a in [scene.deltas["q"].tasks[0]]]
+    scene.deltas["q"].tasks = [moved[0], None]
+    visits = scene.visits(dtype=torch.bfloat16)
+    for visit in visits:
+        visit.x = visit.x.cuda()
+        visit.y = scene.modules["q"](visit.x)
+    scene.features.rows("q", visits)  # moves the masks
+    scene.features._leader = ""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = scene.features.rows("q", visits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {r.X.dtype for r in found} == {r.Xm.dtype for r in found} == {dtype}
+    for i, row in enumerate(found):
+        assert torch.equal(row.X.cpu(), visits[2 * i].x.cpu()[MASKS[i]].to(dtype))
+        W = scene.modules["q"].weight.double()
+        W = W + moved[0][0].double() @ moved[0][1].double() if i == 0 else W
+        assert float(row.out_sq) == pytest.approx(float((row.X.double() @ W.mT).square().sum()), rel=0.02)
+
+
 def test_modules_with_one_input_share_rows_and_grams() -> None:
     scene = Scene()
     visits, other = scene.visits(), scene.visits(seed=9)
@@ -173,5 +235,5 @@ def test_the_energy_of_the_task_models_output(both: bool, bias: bool) -> None:
     for task, row in enumerate(found):
         pair = scene.deltas["q"].tasks[task]
         W = module.weight if pair is None else module.weight + pair[0] @ pair[1]
-        assert row.out_sq == pytest.approx(float((row.X @ W.mT).square().sum()), rel=1e-12)
+        assert float(row.out_sq) == pytest.approx(float((row.X @ W.mT).square().sum()), rel=1e-12)
     assert all(r.out_sq == 0.0 for r in Scene(both).features.rows("q", Scene(both).visits())), "not asked for"

@@ -33,8 +33,8 @@ def test_json_has_the_same_numbers(run: Run) -> None:
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_a_wrong_kernel_is_code_4(words: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = [
-        {"op": "gram_", "path": "native", "max_error": 0.5, "tolerance": 1e-6, "ok": False},
-        {"op": "pick_rank", "path": "native", "max_error": 0.0, "tolerance": 0.0, "ok": True},
+        {"op": "gram_", "device": "cpu", "path": "native", "max_error": 0.5, "tolerance": 1e-6, "ok": False},
+        {"op": "pick_rank", "device": "cpu", "path": "native", "max_error": 0.0, "tolerance": 0.0, "ok": True},
     ]
     monkeypatch.setattr(backend, "self_test", lambda: rows)
     result = run("doctor", *words)

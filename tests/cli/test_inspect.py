@@ -70,7 +70,8 @@ FOUND: dict[str, Any] = {
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
-    def inspect(paths: Any) -> dict[str, Any]:
+    def inspect(paths: Any, device: str) -> dict[str, Any]:
+        assert device == "auto"
         seen.append(paths)
         missing = dict(list(FOUND["coverage"]["missing"].items())[: len(paths)])
         coverage = FOUND["coverage"] | {"missing": missing}

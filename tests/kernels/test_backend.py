@@ -13,18 +13,8 @@ import torch
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.kernels import anderson_dots, backend, kernel_report, self_test
 
-OPERATORS = {
-    "anderson_dots",
-    "anderson_mix",
-    "dcs_variance",
-    "dcs_weights",
-    "cov_pack",
-    "cov_fold_",
-    "gram_",
-    "batched_core_svd",
-    "pick_rank",
-    "scale_write",
-}
+# Every operator of csrc/ops.cpp, and what is made of several of them.
+OPERATORS = set(backend._fakes) | {"gram_", "batched_core_svd"}
 HIDE = "import sys; sys.modules['loraforge._C'] = None\n"
 
 
@@ -42,6 +32,16 @@ def test_self_test_passes_and_names_the_path(path):
     assert all(0.0 <= row["max_error"] <= row["tolerance"] for row in rows)
     own = {"gram_": "blocks", "batched_core_svd": "threads" if path == "native" else "reference"}
     assert {row["op"]: row["path"] for row in rows} == {op: path for op in OPERATORS} | own
+    assert {row["device"] for row in rows} == {"cpu"}
+
+
+@pytest.mark.gpu
+def test_self_test_passes_on_the_gpu():
+    rows = self_test("cuda")
+    assert {row["op"] for row in rows} == OPERATORS
+    assert [row for row in rows if not row["ok"]] == []
+    paths = {row["op"]: row["path"] for row in rows}
+    assert {path for op, path in paths.items() if op != "gram_"} == {"cuda"}, paths
 
 
 def test_self_test_reports_a_wrong_result(path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraforge.errors import LoraforgeError
-from loraforge.kernels import backend, cov_fold_, cov_pack, gram_
+from loraforge.kernels import backend, cov_fold_, cov_pack, covariance, gram_
 from tests.kernels.conftest import SIZES
 
 F64 = torch.float64
@@ -63,18 +63,62 @@ def test_pack_with_square_roots_of_weights_gives_the_weighted_gram(path, rng):
     torch.testing.assert_close(acc, x.T @ torch.diag(weight) @ x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_known_number_of_rows_changes_nothing(path, rng, rows):
+    x, mask = _rows(rng, 7, 5, torch.bfloat16), torch.arange(7) < rows
+    assert torch.equal(cov_pack(x, mask, None, torch.float32, rows=rows), x[:rows].float())
+    assert torch.equal(cov_pack(x, None, torch.ones(7), torch.float32, rows=7), x.float())
+    for wrong in (rows + 1, -1):
+        with pytest.raises(
+            LoraforgeError, match=rf"cov_pack: the mask keeps another number(.|\n)*{wrong}(.|\n)*{rows}"
+        ):
+            cov_pack(x, mask, None, torch.float32, rows=wrong)
+    with pytest.raises(LoraforgeError, match="another number of rows"):
+        cov_pack(x, None, None, torch.float32, rows=6)
+
+
+def test_the_compiled_form_refuses_a_wrong_number_of_rows(native):
+    with pytest.raises(RuntimeError, match="cov_pack: rows has value 3, expected 2, the rows kept"):
+        torch.ops.loraforge.cov_pack(torch.zeros(4, 2), torch.arange(4) < 2, None, torch.float32, 3)
+
+
+def _poisoned(square):
+    """NaN below the diagonal, where nothing may be read."""
+    return square.masked_fill(torch.ones(square.shape[-2:]).tril(-1).bool(), float("nan"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("d", [0, *SIZES, 32, 64])
-def test_fold_mirrors_the_upper_triangle_exactly(path, rng, d, dtype):
+def test_fold_reads_the_upper_triangle_alone(path, rng, d, dtype):
     chunk, start = _rows(rng, d, d, dtype), _rows(rng, d, d, F64)
-    full, half = start.clone(), start.clone()
+    full, half, waiting = start.clone(), _poisoned(start), _poisoned(start)
     cov_fold_(full, chunk, symmetric=False)
     assert torch.equal(full, start + chunk)
-    upper = chunk.triu() + chunk.triu(1).T
-    poisoned = chunk.clone()
-    poisoned[torch.ones(d, d).tril(-1).bool()] = float("nan")  # below the diagonal nothing may be read
-    cov_fold_(half, poisoned, symmetric=True)
-    assert torch.equal(half, start + upper)
+    cov_fold_(half, _poisoned(chunk), symmetric=True)
+    upper = (start + chunk).triu()
+    assert torch.equal(half, upper + upper.triu(1).T)
+    cov_fold_(waiting, _poisoned(chunk), symmetric=True, mirror=False)
+    assert torch.equal(waiting.triu(), upper)
+    cov_fold_(waiting, _poisoned(chunk), symmetric=True)
+    cov_fold_(half, chunk, symmetric=True)
+    assert torch.equal(waiting, half), "a mirror that comes once, at the end, is the same"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_fold_adds_several_products_in_order(path, rng, symmetric):
+    acc, chunks = _rows(rng, 97, 97, F64), _rows(rng, 3 * 97, 97, torch.float32).view(3, 97, 97)
+    acc += acc.T.clone()
+    together, apart = acc.clone(), acc.clone()
+    cov_fold_(together, chunks, symmetric)
+    for chunk in chunks:
+        cov_fold_(apart, chunk, symmetric)
+    assert torch.equal(together, apart)
+    cov_fold_(together, chunks[:0], symmetric)
+    assert torch.equal(together, apart)
+    longer = torch.zeros(3, 100, 120)
+    longer[:, 2:99, 3:100] = chunks
+    cov_fold_(acc, longer[:, 2:99, 3:100], symmetric)
+    assert torch.equal(acc, apart)
 
 
 def test_fold_takes_any_strides_and_an_oblong_product(path, rng):
@@ -87,6 +131,7 @@ def test_fold_takes_any_strides_and_an_oblong_product(path, rng):
         assert torch.equal(target, want)
     assert not whole[33:].any() and not whole[:, 70:].any()
     square = _rows(rng, 97, 97, F64)
+    square += square.T.clone()
     turned = square.T.contiguous().T
     cov_fold_(square, square.float(), symmetric=True)
     cov_fold_(turned, turned.float(), symmetric=True)
@@ -114,6 +159,91 @@ def test_gram_rounding_does_not_grow_with_the_tokens(path):
     acc = torch.full((1, 1), 2.0**24, dtype=F64)
     gram_(acc, torch.ones(4097, 1))
     assert acc.item() == 2.0**24 + 4097
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cross", [False, True])
+def test_blocks_of_rows_are_bit_for_bit_the_calls_one_by_one(path, rng, dtype, cross):
+    X = [_rows(rng, T, 7, dtype) for T in (5, 0, 4099, 1)]
+    Y = [_rows(rng, len(x), 33, dtype) for x in X] if cross else None
+    together, apart = (torch.zeros(7, 33 if cross else 7, dtype=F64) for _ in range(2))
+    gram_(together, X, Y)
+    for k, x in enumerate(X):
+        gram_(apart, x, None if Y is None else Y[k])
+    assert torch.equal(together, apart) and together.any()
+    gram_(together, [], None if Y is None else [])
+    assert torch.equal(together, apart)
+
+
+def _as_on_cuda(monkeypatch):
+    """Runs what CUDA runs, with a product in float32 in place of the tensor cores'."""
+
+    def multiply(left, right, out, add):
+        product = left.float() @ right.float()
+        out.copy_(out + product if add else product)
+
+    real = covariance._panels, covariance._groups, covariance._multiply
+    monkeypatch.setattr(covariance, "_panels", lambda d, cuda: real[0](d, cuda=True))
+    monkeypatch.setattr(covariance, "_groups", lambda blocks, cuda: real[1](blocks, cuda=True))
+    monkeypatch.setattr(covariance, "_multiply_half", multiply)
+    monkeypatch.setattr(covariance, "_slots", lambda acc, wide, products: min(products, 2))
+    monkeypatch.setattr(covariance, "_stays_half", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_way_of_cuda_gives_the_same_sums(path, rng, monkeypatch, dtype, cross):
+    """Panels, joined blocks and several products a fold: 10 000 rows in blocks that end anywhere."""
+    _as_on_cuda(monkeypatch)
+    monkeypatch.setattr(covariance, "_CUDA_PANEL", 16)
+    X = [_rows(rng, T, 37, dtype) for T in (1000, 1, 0, 5000, 3095, 904)]
+    Y = [_rows(rng, len(x), 20, dtype) for x in X] if cross else None
+    acc = torch.zeros(37, 20 if cross else 37, dtype=F64)
+    gram_(acc, X, Y)
+    left, right = torch.cat(X), torch.cat(X if Y is None else Y)
+    exact = left.double().T @ right.double()
+    plain = (left.T @ right if dtype == F64 else left.float().T @ right.float()).double()
+    assert (acc - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-12 * exact.abs().max()
+    assert cross or torch.equal(acc, acc.T)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("d", [1, 129, 2048, 2049, 4096, 5120, 14336])
+def test_panels_cover_the_triangle_once(d, cuda):
+    panels = covariance._panels(d, cuda)
+    covered = [row for panel in panels for row in range(*panel.indices(d))]
+    assert covered == list(range(d))
+    if cuda:  # all panels but the first have full height
+        assert {p.stop - p.start for p in panels[1:]} <= {2048} and panels[0].stop <= 2048
+
+
+def test_products_are_filled_to_4096_rows_on_cuda():
+    blocks = [(torch.empty(T, 1), None) for T in (3000, 3000, 0, 5000, 7)]
+    sizes = [[len(x) for x, _ in group] for group in covariance._groups(blocks, cuda=True)]
+    assert sizes == [[3000, 1096], [1904, 2192], [2808, 7]]
+    alone = [[len(x) for x, _ in group] for group in covariance._groups(blocks, cuda=False)]
+    assert alone == [[3000], [3000], [4096], [904], [7]]
+
+
+@pytest.mark.parametrize("how", ["off", "older", "medium", "newer"])
+def test_tf32_is_off_during_a_product_and_back_after_it(how):
+    switch = torch.backends.cuda.matmul
+    try:
+        if how == "older":
+            switch.allow_tf32 = True
+        elif how == "medium":
+            torch.set_float32_matmul_precision("medium")
+        elif how == "newer":
+            switch.fp32_precision = "tf32"
+        with covariance._full_float32(cuda=True):
+            assert switch.fp32_precision != "tf32" and not switch.allow_tf32
+        assert (switch.fp32_precision == "tf32") == (how != "off")
+        if how in ("older", "medium"):
+            assert torch.get_float32_matmul_precision() == {"older": "high"}.get(how, how)
+        with covariance._full_float32(cuda=False):
+            assert (switch.fp32_precision == "tf32") == (how != "off"), "nothing is touched for CPU products"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -180,3 +310,7 @@ def test_fold_and_gram_refuse_what_does_not_fit(path):
         gram_(acc, torch.zeros(5, 4))
     with pytest.raises(LoraforgeError, match="gram_: tensor Y has the wrong shape"):
         gram_(acc, torch.zeros(5, 3), torch.zeros(4, 3))
+    with pytest.raises(LoraforgeError, match="other numbers of blocks"):
+        gram_(acc, [torch.zeros(5, 3)], [])
+    with pytest.raises(LoraforgeError, match=r"gram_: tensor X has the wrong dtype(.|\n)*bfloat16(.|\n)*float32"):
+        gram_(acc, [torch.zeros(5, 3), torch.zeros(5, 3).bfloat16()])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from loraforge.errors import LoraforgeError
+from loraforge.kernels import anderson as kernels
 from loraforge.linalg.anderson import AndersonMixer
 from tests.oracles import iteris as oracle
 
@@ -134,3 +138,135 @@ def test_only_the_last_iterates_count() -> None:
             step = mixer.step(torch.from_numpy(w), torch.from_numpy(G(w)))
         found.append(step)
     assert torch.equal(found[0], found[1])
+
+
+def exact_step(W: list[torch.Tensor], G: list[torch.Tensor], reg: float) -> np.ndarray:
+    """The step in rational numbers, but for the solve of the small system in extended precision."""
+    R = [[Fraction(g) - Fraction(w) for w, g in zip(*pair, strict=True)] for pair in zip(*both(W, G), strict=True)]
+    dR = [[y - x for x, y in zip(*pair, strict=True)] for pair in itertools.pairwise(R)]
+    dG = [[Fraction(y) - Fraction(x) for x, y in zip(*pair, strict=True)] for pair in itertools.pairwise(both(W, G)[1])]
+
+    def dot(a: list[Fraction], b: list[Fraction]) -> Fraction:
+        return sum((x * y for x, y in zip(a, b, strict=True)), Fraction(0))
+
+    m = len(dR)
+    normal, right = [[dot(a, b) for b in dR] for a in dR], [dot(a, R[-1]) for a in dR]
+    shift = Fraction(reg) * sum(normal[j][j] for j in range(m)) / m
+    gamma = solve([[normal[i][j] + (shift if i == j else 0) for j in range(m)] for i in range(m)], right)
+    last = both(W, G)[1][-1]
+    moved = [sum(gamma[j] * dG[j][p] for j in range(m)) for p in range(len(last))]
+    return np.array([float(Fraction(g) - d) for g, d in zip(last, moved, strict=True)])
+
+
+def both(W: list[torch.Tensor], G: list[torch.Tensor]) -> tuple[list[list[float]], list[list[float]]]:
+    return [w.tolist() for w in W], [g.tolist() for g in G]
+
+
+def solve(A: list[list[Fraction]], b: list[Fraction]) -> list[Fraction]:
+    """Gauss without pivots, for a positive definite system."""
+    rows = [[*row, right] for row, right in zip(A, b, strict=True)]
+    for k in range(len(rows)):
+        for i in range(len(rows)):
+            if i != k:
+                factor = rows[i][k] / rows[k][k]
+                rows[i] = [x - factor * y for x, y in zip(rows[i], rows[k], strict=True)]
+    return [row[-1] / row[k] for k, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("moves", [1e-1, 1e-5, 1e-8])
+def test_a_history_that_stands_still_keeps_its_digits(moves: float) -> None:
+    """Differences of the residuals' dot products would be lost here; differences of the residuals are not."""
+    g = np.random.default_rng(0)
+    W0, R0 = g.normal(size=40), g.normal(size=40)
+    mixer, W, G = AndersonMixer(4, 1e-6, "relative", 0.0), [], []
+    for _ in range(5):
+        W.append(torch.from_numpy(W0 + moves * g.normal(size=40)))
+        G.append(torch.from_numpy(W0 + R0 + moves * g.normal(size=40)))
+        got = mixer.step(W[-1], G[-1])
+    want = exact_step(W, G, 1e-6)
+    # A difference carries the rounding of what it was taken from: eps / moves, times the condition of the system.
+    assert np.abs(got.numpy() - want).max() <= 100 * np.finfo(float).eps / moves * np.abs(want).max()
+
+
+def test_residuals_that_shrink_fast_keep_their_digits() -> None:
+    """dR_j . R_new is carried from step to step; what is left of the old, large residuals must not show."""
+    g = np.random.default_rng(1)
+    fixed, size = g.normal(size=40), 1.0
+    mixer, W, G = AndersonMixer(4, 1e-6, "relative", 0.0), [], []
+    for _ in range(9):
+        W.append(torch.from_numpy(fixed + size * g.normal(size=40)))
+        G.append(torch.from_numpy(fixed + 0.5 * size * g.normal(size=40)))
+        got, size = mixer.step(W[-1], G[-1]), size * 0.03
+    want = exact_step(W[-5:], G[-5:], 1e-6)
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=8 * np.finfo(float).eps * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("growth", "dots"), [(0.0, 1), (2.0, 2)])
+def test_a_step_launches_the_same_few_operators_whatever_the_history(monkeypatch, growth: float, dots: int) -> None:
+    calls: list[str] = []
+    for name in ("anderson_dots", "anderson_mix"):
+        operator = getattr(kernels, name)
+        monkeypatch.setattr(
+            f"loraforge.linalg.anderson.{name}", lambda *a, name=name, op=operator: (calls.append(name), op(*a))[1]
+        )
+    G, _ = contraction(6)
+    mixer, w, rings = AndersonMixer(3, 1e-6, "relative", growth), torch.ones(12, dtype=torch.float64), set()
+    for _ in range(8):
+        calls.clear()
+        w = mixer.step(w, torch.from_numpy(G(w.numpy())))
+        rings.add((mixer._rings.images.data_ptr(), mixer._rings.residuals.data_ptr()))
+    assert calls == ["anderson_dots"] * dots + ["anderson_mix"]
+    assert len(rings) == 1, "the rings are allocated once"
+
+
+def test_the_caller_may_reuse_its_states() -> None:
+    G, _ = contraction(7)
+    kept, reused = AndersonMixer(3), AndersonMixer(3)
+    w, state, image = torch.ones(12, dtype=torch.float64), torch.empty(12).double(), torch.empty(12).double()
+    for _ in range(5):
+        g = torch.from_numpy(G(w.numpy()))
+        state.copy_(w)
+        image.copy_(g)
+        found = reused.step(state, image).clone()
+        w = kept.step(w, g)
+        assert torch.equal(found, w)
+
+
+def test_an_iterate_that_is_not_finite_is_handed_back() -> None:
+    mixer, one = AndersonMixer(), torch.ones(4, dtype=torch.float64)
+    mixer.step(0 * one, one)
+    bad = torch.tensor([1.0, float("nan"), 0.0, 0.0], dtype=torch.float64)
+    assert mixer.step(one, bad) is bad
+    assert mixer.step(one, 2 * one).tolist() == [2.0] * 4, "and the history with it is forgotten"
+
+
+def test_no_history_is_plain_iteration() -> None:
+    mixer, one = AndersonMixer(0), torch.ones(4, dtype=torch.float64)
+    for k in range(3):
+        image = k * one
+        assert mixer.step(one, image) is image
+
+
+def test_states_of_another_length_or_dtype_are_refused() -> None:
+    mixer, one = AndersonMixer(), torch.ones(4, dtype=torch.float64)
+    mixer.step(one, one)
+    with pytest.raises(LoraforgeError, match=r"state has the wrong shape(.|\n)*\(3,\)(.|\n)*\(4,\)"):
+        mixer.step(one[:3], one[:3])
+    with pytest.raises(LoraforgeError, match=r"image has the wrong dtype(.|\n)*float32(.|\n)*float64"):
+        mixer.step(one, one.float())
+    mixer.reset()
+    mixer.step(one[:3].float(), one[:3].float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_same_steps_on_the_gpu(dtype: torch.dtype, tolerance: float) -> None:
+    G, _ = contraction(8, size=129)
+    here, there = AndersonMixer(3), AndersonMixer(3)
+    w = torch.ones(129, dtype=dtype)
+    for _ in range(7):
+        image = torch.from_numpy(G(w.double().numpy())).to(dtype)
+        moved, found = here.step(w, image), there.step(w.cuda(), image.cuda())
+        torch.testing.assert_close(found.cpu(), moved, rtol=tolerance, atol=tolerance * float(moved.abs().max()))
+        w = moved

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from loraforge.errors import LoraforgeError
-from loraforge.linalg import elements
-from loraforge.linalg.elements import TILE_ENTRIES, below, deltas_of, drop_above, elected, keep_from, summed, tile_rows
+from loraforge.kernels.entrywise import Part, below, drop_above, keep_from
+from loraforge.linalg.elements import TILE_ENTRIES, deltas_of, elected, summed, tile_rows, trim
 from loraforge.linalg.sketch import block_rows
 from loraforge.types import Dense, LayerInputs, LowRank
 
@@ -95,16 +95,18 @@ def test_tiles_fit_into_the_blocks_of_a_sketch() -> None:
         assert block_rows(n) % tile_rows(n) == 0
 
 
-def test_rows_are_formed_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many adapters and rows there are, the work space is that of one tile."""
+@pytest.mark.parametrize("rule", [nothing, trim([1.0] * 3)], ids=["tiles", "fused"])
+def test_rows_are_formed_a_tile_at_a_time(rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many adapters and rows there are, the work space of the PyTorch form is that of one tile."""
     sizes: list[int] = []
-    plain = elements.Source.fill
+    plain = Part.fill
 
-    def watched(self: elements.Source, start: int, tile: torch.Tensor, product: torch.Tensor) -> None:
+    def watched(self: Part, start: int, tile: torch.Tensor, product: torch.Tensor) -> None:
         assert start % tile_rows(4096) == 0
         sizes.append(tile.numel())
         plain(self, start, tile, product)
 
-    monkeypatch.setattr(elements.Source, "fill", watched)
-    update = elected(deltas_of(drawn(500, 4096)), nothing)
+    monkeypatch.setenv("LORAFORGE_KERNELS", "reference")
+    monkeypatch.setattr(Part, "fill", watched)
+    update = elected(deltas_of(drawn(500, 4096)), rule)
     assert update.rows(100, 110).shape == (10, 4096) and max(sizes) <= TILE_ENTRIES and len(sizes) == 3

@@ -440,7 +440,7 @@ def test_a_shared_module_is_found_out_and_iterated_to_its_fixed_point(lam: str, 
 
 def test_phases_and_residuals(bert: Bench) -> None:
     report = bert.merge().report
-    assert list(report["phases"]) == ["load base", "load data", "generate", "trace", "sweep", "verify"]
+    assert list(report["phases"]) == ["load base", "load data", "load adapters", "generate", "trace", "sweep", "verify"]
     assert 0 < sum(report["phases"].values()) <= report["seconds"]
     order = [row["module"] for row in report["iteris"]["layers"]]
     assert order == list(rows(bert, 0, {})), "in running order"

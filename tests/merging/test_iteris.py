@@ -212,7 +212,8 @@ def test_search_finds_the_least_held_out_objective():
         for r in iteris.RHOS:
             value = 0.0
             for k in range(2):
-                state, _ = iteris._solve(stats, iteris._sum_folds(stats.folds, leave_out=k), params, (a, r))
+                T1, factor = iteris._system(stats, [stats.folds[1 - k]], params, (a, r))
+                state = factor.solve_right(T1)
                 fold, delta = stats.folds[k], stats.basis @ state
                 targets = sum(
                     c * B @ A @ x[k::2].T @ xt[k::2]
@@ -236,8 +237,7 @@ def test_sketched_search_estimates_the_same_objective():
     assert small.folds[0].target.shape[0] == iteris.SKETCH == 32
     values = []
     for problem_ in (stats, small):
-        state, _ = iteris._solve(problem_, problem_.folds[0], params, (1e-2, 0.25))
-        values.append(iteris._objective(problem_, problem_.folds[1], state))
+        values.append(iteris.Search(problem_, params).held_out(1, (1e-2, 0.25)))
     assert values[1] == pytest.approx(values[0], rel=0.4)
     assert replace(small, rank=stats.rank).rank == stats.rank
 

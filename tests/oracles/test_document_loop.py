@@ -14,7 +14,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from benchmarks.peers import document_loop as peer
+from loraforge.bench.peers import document_loop as peer
+from loraforge.bench.peers.hooked import weight_of
+from loraforge.bench.peers.objective import iteris_objective
 
 from . import iteris as oracle
 
@@ -70,7 +72,7 @@ def adapters_for(model, names, seed=3, tasks=2, scale=0.3):
     for i in range(tasks):
         pairs = {}
         for name in names if i else names[:-1]:
-            m, n = peer._weight(modules[name]).shape
+            m, n = weight_of(modules[name]).shape
             factors = [torch.randn(*s, generator=g, dtype=torch.float64) for s in ((m, i + 1), (i + 1, n))]
             pairs[name] = (factors[0], factors[1], scale)
         out.append(pairs)
@@ -220,9 +222,7 @@ def test_padding_does_not_count(build, suffixes, labels):
         assert short.tokens[n] == [int(sum(count(b).sum() for b in task)) for task in batches_for(labels=labels)]
     for n in names:
         np.testing.assert_allclose(long.deltas[n].numpy(), short.deltas[n].numpy(), atol=1e-8)
-    objectives = [
-        peer.iteris_objective(model, adapters, batches_for(labels=labels, extra=e), short.deltas) for e in (0, 3)
-    ]
+    objectives = [iteris_objective(model, adapters, batches_for(labels=labels, extra=e), short.deltas) for e in (0, 3)]
     np.testing.assert_allclose(*objectives, rtol=1e-9)
     assert 0 < objectives[0] < 1
 
@@ -242,19 +242,19 @@ def test_objective_matches_the_oracle(lam):
         total += oracle.objective(merged[n], rows, tilde, deltas, a)
         size += oracle.objective(np.zeros_like(W0), rows, tilde, deltas, a)
     dense = {n: torch.tensor(d) for n, d in merged.items()}
-    got = peer.iteris_objective(model, adapters, batches, dense, lambda_mode=lam)
+    got = iteris_objective(model, adapters, batches, dense, lambda_mode=lam)
     np.testing.assert_allclose(got, total / size, rtol=1e-9)
     pairs = {n: (torch.eye(len(d), dtype=torch.float64), d) for n, d in dense.items()}
-    np.testing.assert_allclose(peer.iteris_objective(model, adapters, batches, pairs, lambda_mode=lam), got, rtol=1e-9)
+    np.testing.assert_allclose(iteris_objective(model, adapters, batches, pairs, lambda_mode=lam), got, rtol=1e-9)
 
 
 def test_objective_is_zero_for_one_adapter_and_one_for_none():
     model, _, _, adapters, batches = setup()
     one, rows = adapters[1:], batches[1:]
-    assert peer.iteris_objective(model, one, rows, one[0]) < 1e-24
-    np.testing.assert_allclose(peer.iteris_objective(model, one, rows, {}), 1.0, rtol=1e-12)
+    assert iteris_objective(model, one, rows, one[0]) < 1e-24
+    np.testing.assert_allclose(iteris_objective(model, one, rows, {}), 1.0, rtol=1e-12)
     loop = peer.document_loop(model, one, rows, alpha=1e-10, gram_dtype=torch.float64)
-    assert peer.iteris_objective(model, one, rows, loop.deltas) < 1e-10
+    assert iteris_objective(model, one, rows, loop.deltas) < 1e-10
 
 
 def test_fp32_products_stay_close_to_float64():

@@ -39,6 +39,7 @@ def bake(
     modules: Sequence[str],
     heads: HeadsPlan | None = None,
     dtype: str = "auto",
+    device: torch.device | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     report: Callable[[], dict[str, Any]] | None = None,
@@ -54,6 +55,7 @@ def bake(
         modules: All modules of the stream.
         heads: What becomes of heads.
         dtype: Dtype of the written floating point tensors; auto is the base's own, tensor by tensor.
+        device: Where updates are added; default the CPU.
         shard_bytes: Largest size of one file.
         overwrite: Replace an earlier output.
         report: Makes the report of the merge, once the stream is at its end.
@@ -73,7 +75,7 @@ def bake(
     infos = {module: next(a.info(module) for a in adapters if module in a.modules_set) for module in modules}
     skeleton = read_skeleton(origin)
     places = find_places(infos, origin, skeleton)
-    baking = _Baking(origin, infos, places, _biases(places, adapters, origin))
+    baking = _Baking(origin, infos, places, _biases(places, adapters, origin), device)
     replaced, notes = head_names(heads, origin, skeleton)
     untied, touched = _untied({*(place.tensor for place in places.values()), *replaced}, origin, skeleton)
     layout = {name: (tuple(t.shape), t.dtype) for name, t in replaced.items()}
@@ -105,8 +107,14 @@ class _Baking:
     """Adds updates to tensors; a tensor that several modules change is held until the last of them came."""
 
     def __init__(
-        self, base: Checkpoint, infos: Mapping[str, ModuleInfo], places: Mapping[str, Place], biases: Mapping[str, str]
+        self,
+        base: Checkpoint,
+        infos: Mapping[str, ModuleInfo],
+        places: Mapping[str, Place],
+        biases: Mapping[str, str],
+        device: torch.device | None,
     ) -> None:
+        self._device = device
         self.base, self._infos, self._places, self._biases = base, infos, places, biases
         self._left = Counter(place.tensor for place in places.values())
         self._held: dict[str, Tensor] = {}
@@ -135,7 +143,7 @@ class _Baking:
 
     def _wide(self, name: str) -> Tensor:
         """A copy of a tensor of the base in the dtype of the arithmetic."""
-        tensor = self.base.read_finite(name)
+        tensor = self.base.read_finite(name, self._device)
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
 
 

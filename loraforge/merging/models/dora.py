@@ -109,13 +109,21 @@ def dora_update(
 class DoraLoader(Loader):
     """Reads modules of adapters, DoRA ones as additive updates of the base."""
 
-    def __init__(self, base: str | os.PathLike[str], *, rule: RankRule | None = None, dense: bool = False) -> None:
+    def __init__(
+        self,
+        base: str | os.PathLike[str],
+        *,
+        rule: RankRule | None = None,
+        dense: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         """Opens the base.
 
         Args:
             base: Model folder or file of weights.
             rule: Rank rule of DoRA modules; default `default_rule` of each.
             dense: Give every module whole (Dense), nothing cut; for methods that take task vectors.
+            device: Where updates are computed and decomposed; default the CPU.
 
         Raises:
             LoraforgeError: It cannot be read.
@@ -125,6 +133,7 @@ class DoraLoader(Loader):
                 "DoRA needs the base's files", got=type(base).__name__, expected="a model folder or a file of weights"
             )
         self._base, self._rule, self._dense = open_checkpoint(base), rule, dense
+        self._device = device or torch.device("cpu")
         self._skeleton = read_skeleton(self._base)
         self._matrices: dict[int, tuple[Adapter, BaseMatrices]] = {}
         self._found: dict[tuple[int, str], tuple[LowRank, float, float]] = {}
@@ -138,16 +147,18 @@ class DoraLoader(Loader):
         """The update of a module: LowRank (cut, see `lost`), or Dense where the loader was asked for whole ones."""
         if (id(adapter), module) in self._found:
             return self._found[id(adapter), module][0]
-        plain = adapter.load(module)
+        plain = adapter.load(module).to(device=self._device)
         magnitude = adapter.magnitude(module)
         if magnitude is None:
             return Dense(plain.delta(torch.promote_types(plain.B.dtype, torch.float32))) if self._dense else plain
-        weight = self._weights_of(adapter).read(module)
+        magnitude, weight = magnitude.to(self._device), self._weights_of(adapter).read(module, self._device)
         if self._dense:
             return additive(plain, magnitude, weight)
         found, error = dora_update(plain, magnitude, weight, self._rule, module)
         size = norm(found) / max(1.0 - error**2, 1e-12) ** 0.5
         # Kept: a survey and the merge read a module several times, and each reading decomposes a dense matrix.
+        # In the computer's own memory: all modules together are more than a GPU has to hold at a time.
+        found = found.to(device="cpu")
         self._found[id(adapter), module] = found, size * error, error
         return found
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from loraforge.adapters import unique_names
 from loraforge.checkpoints import SHARD_BYTES, Checkpoint, ModelReport, align, open_checkpoint
 from loraforge.errors import LoraforgeError
+from loraforge.linalg.device import ON_CPU, named_when_full
 from loraforge.linalg.rank import RankRule
 from loraforge.merging import checks, options
 from loraforge.merging.account import merge_report
@@ -105,7 +106,8 @@ def merge_models(
     alignments = follow_ties(origin, alignments, skeleton)
     check_integers(origin, opened, alignments)
     plan = make_plan(origin, alignments, row)
-    weights_of = BaseWeights(origin)
+    place = device or torch.device("cpu")
+    weights_of = BaseWeights(origin, place)
     vectors = [TaskVectors(weights_of, m, a, plan.matrices) for m, a in zip(opened, alignments, strict=True)]
     names = unique_names(cast(Any, vectors))
     check_missing(alignments, names, on_missing)
@@ -118,7 +120,7 @@ def merge_models(
         modules=plan.matrices,
         weights=options.choose_weights(row, params, weights, len(opened)),
         rule=rule or RankRule(),
-        device=device or torch.device("cpu"),
+        device=place,
         on_missing=on_missing,
         uniform_rank=False,
         progress=progress,
@@ -163,7 +165,13 @@ def _written(
             if model.alignment.own:
                 keep_aside(place / "heads" / name, model.checkpoint, model.alignment.own)
 
-    return folder.write(_tensors(job, plan, base, rows), aside, account)
+    with named_when_full(job.device, "merging models", lambda: _next(job, rows), ON_CPU):
+        return folder.write(_tensors(job, plan, base, rows), aside, account)
+
+
+def _next(job: Job, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The matrix that is merged once those of `rows` are."""
+    return job.modules[min(len(rows), len(job.modules) - 1)] if job.modules else None
 
 
 def _tensors(

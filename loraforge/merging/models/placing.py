@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loraforge.adapters.formats.parts import ModuleInfo
@@ -145,10 +146,10 @@ class BaseMatrices:
         self._base, self._modules = base, dict(modules)
         self._places = find_places(modules, base, skeleton)
 
-    def read(self, module: str) -> Tensor:
-        """W_0 of a module, (m, n), as stored."""
+    def read(self, module: str, device: torch.device | None = None) -> Tensor:
+        """W_0 of a module, (m, n), as stored, on a device (default the CPU)."""
         info, place = self._modules[module], self._places[module]
-        return place.view(self._base.read_finite(place.source).contiguous(), info.m, info.n)
+        return place.view(self._base.read_finite(place.source, device).contiguous(), info.m, info.n)
 
 
 def _tensor_of(module: str, info: ModuleInfo) -> str:

@@ -41,16 +41,21 @@ class MatrixInfo:
 class BaseWeights:
     """The base's tensors in the dtype of the arithmetic; the last one read is held, because every model asks for it."""
 
-    def __init__(self, base: Checkpoint) -> None:
-        """Holds nothing yet."""
-        self.checkpoint = base
+    def __init__(self, base: Checkpoint, device: torch.device | None = None) -> None:
+        """Holds nothing yet.
+
+        Args:
+            base: The base.
+            device: Where its tensors, and the task vectors against them, are computed; default the CPU.
+        """
+        self.checkpoint, self.device = base, device or torch.device("cpu")
         self._held: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
         """A tensor of the base, float64 where it is stored so, else float32. Not to be written into."""
         if self._held is None or self._held[0] != name:
             self._held = None  # let go of the last one before the next is read
-            self._held = name, _wide(self.checkpoint.read_finite(name))
+            self._held = name, _wide(self.checkpoint.read_finite(name, self.device))
         return self._held[1]
 
 
@@ -83,7 +88,7 @@ class TaskVectors:
         self.modules = tuple(name for name in matrices if name in alignment.names)
         self.modules_set = frozenset(self.modules)
         self._base = base
-        self._changed = self._own = 0.0
+        self._changed = self._own = torch.zeros((), dtype=torch.float64)  # on the device from the first tensor on
 
     @property
     def sha256(self) -> str:
@@ -99,8 +104,8 @@ class TaskVectors:
     def load(self, module: str) -> Dense:
         """The task vector of a tensor as a matrix."""
         delta = self.delta(module)
-        self._changed += _sampled_square(delta)
-        self._own += _sampled_square(self._base.read(module))
+        self._changed = _sampled_square(delta) + self._changed
+        self._own = _sampled_square(self._base.read(module)) + self._own
         return Dense(delta.reshape(matrix_shape(tuple(delta.shape))))
 
     def bias(self, module: str) -> Tensor | None:
@@ -109,9 +114,10 @@ class TaskVectors:
 
     def doubts(self) -> list[str]:
         """A sentence where the matrices read so far differ from the base's by more than those are large."""
-        if self._changed <= UNRELATED**2 * self._own:
+        changed, own = float(self._changed), float(self._own)
+        if changed <= UNRELATED**2 * own:
             return []
-        size = (self._changed / self._own) ** 0.5 if self._own > 0.0 else math.inf
+        size = (changed / own) ** 0.5 if own > 0.0 else math.inf
         return [f"{self.name}: ||W - W_0|| is {size:.3g} ||W_0||: was it fine-tuned from {self.base}?"]
 
     def delta(self, name: str) -> Tensor:
@@ -120,7 +126,8 @@ class TaskVectors:
         Raises:
             LoraforgeError: Either holds NaN or Inf.
         """
-        tuned = self.checkpoint.read_finite(self.alignment.names[name])
+        # As it is stored: half precision is half the way to a GPU.
+        tuned = self.checkpoint.read_finite(self.alignment.names[name], self._base.device)
         base = self._base.read(name)
         dtype = torch.promote_types(base.dtype, _wide_dtype(tuned.dtype))
         return tuned.to(dtype) - base.to(dtype)
@@ -154,10 +161,10 @@ def check_integers(base: Checkpoint, models: Sequence[Checkpoint], alignments: S
             )
 
 
-def _sampled_square(matrix: Tensor) -> float:
-    """Sum of squares over evenly spaced entries."""
+def _sampled_square(matrix: Tensor) -> Tensor:
+    """Sum of squares over evenly spaced entries, 0-dim float64: read once, at the end."""
     flat = matrix.reshape(-1)
-    return float(flat[:: max(1, flat.numel() // _SAMPLED)].square().sum(dtype=torch.float64))
+    return flat[:: max(1, flat.numel() // _SAMPLED)].square().sum(dtype=torch.float64)
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:

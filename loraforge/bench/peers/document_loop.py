@@ -8,8 +8,6 @@ and the batch-axis defects of the published code are not reproduced.
 
 IterIS++ switches follow the document's formulas and defaults: MATS = Anderson per module, history 5, absolute 1e-6;
 CAMR = diag(alpha g / sum g + beta) in T2 alone, T1 keeping alpha ||C_i||_F I; DCS = exp(-V / MAD^2), mean 1, no floor.
-
-`iteris_objective` measures the same quantity for any merged delta, whoever computed it: the check of equal quality.
 """
 
 from __future__ import annotations
@@ -18,15 +16,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Batch = Mapping[str, Any]
-Delta = Any
-"""Dense (d_out, d_in), a pair (B, A), a triple (B, A, scaling), or an object with .B, .A and .scaling."""
-MaskRule = Callable[[str, Tensor, Batch, nn.Module], Tensor | None]
+from loraforge.bench.peers.hooked import (
+    Batch,
+    Delta,
+    MaskRule,
+    default_mask,
+    dense_delta,
+    evaluating,
+    input_rows,
+    installed,
+    targets_of,
+    weight_of,
+)
 
 
 @dataclass(frozen=True)
@@ -74,125 +79,6 @@ class _Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def dense_delta(delta: Delta, like: Tensor) -> Tensor:
-    """Any accepted form of a delta as a dense (d_out, d_in) tensor on `like`'s device and in its dtype."""
-    if isinstance(delta, Tensor):
-        return delta.to(like)
-    parts = tuple(delta) if isinstance(delta, Sequence) else (delta.B, delta.A, delta.scaling)
-    scaling = float(parts[2]) if len(parts) == 3 else 1.0
-    return (parts[0].to(like) @ parts[1].to(like)) * scaling
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D keeps its weight as (d_in, d_out)."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """(d_out, d_in) view of the weight of a Linear or a Conv1D."""
-    weight = module.get_parameter("weight").data
-    return weight.T if _is_conv1d(module) else weight
-
-
-def _targets(model: nn.Module, adapters: Sequence[Mapping[str, Delta]]) -> dict[str, nn.Module]:
-    """The modules that any adapter touches, in the model's own order."""
-    wanted = {name for adapter in adapters for name in adapter}
-    found = {name: module for name, module in model.named_modules() if name in wanted}
-    if missing := sorted(wanted - set(found)):
-        raise ValueError(f"adapters name modules that {type(model).__name__} does not have: {missing}")
-    for name, module in found.items():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
-            raise ValueError(f"{name} is a {type(module).__name__}; nn.Linear or Conv1D expected")
-    return found
-
-
-def _fits(mask: Any, rows: Tensor) -> bool:
-    """Whether a (B, L) mask counts the rows of a (B, L, d) or a flattened (B L, d) input."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return False
-    return mask.shape == rows.shape[:-1] or (rows.dim() == 2 and mask.shape[1] > 1 and mask.numel() == len(rows))
-
-
-def default_mask(name: str, rows: Tensor, batch: Batch, model: nn.Module) -> Tensor | None:
-    """The padding mask that fits a module's input: of the encoder or of the decoder, by shape and then by name."""
-    encoder, decoder = batch.get("attention_mask"), None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoder, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-        if decoder is None and labels is not None:
-            decoder = labels != -100
-    fits_encoder, fits_decoder = _fits(encoder, rows), _fits(decoder, rows)
-    if fits_encoder and fits_decoder:  # equal lengths: keys and values of cross-attention read the encoder's output
-        parts = name.split(".")
-        cross = any("encdec" in part.lower() or part in ("encoder_attn", "crossattention") for part in parts)
-        reads_output = cross and parts[-1] in ("k", "v", "k_proj", "v_proj", "key", "value")
-        return encoder if reads_output or "decoder" not in parts else decoder
-    return encoder if fits_encoder else decoder if fits_decoder else None
-
-
-@contextmanager
-def _installed(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with `weights` (d_out, d_in) in place of its own; the frozen ones come back at the end."""
-    kept = {name: modules[name].get_parameter("weight").data for name in weights}
-    try:
-        for name, weight in weights.items():
-            modules[name].get_parameter("weight").data = weight.T if _is_conv1d(modules[name]) else weight
-        yield
-    finally:
-        for name, data in kept.items():
-            modules[name].get_parameter("weight").data = data
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients; the training flag comes back at the end."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _capture(model: nn.Module, modules: Mapping[str, nn.Module], mask_rule: MaskRule) -> Iterator[tuple[dict, dict]]:
-    """Hooks that append the unpadded input rows of every call of every module. Yields (store, the current batch)."""
-    store: dict[str, list[Tensor]] = {name: [] for name in modules}
-    current: dict[str, Any] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
-            rows = args[0].detach()
-            mask = mask_rule(name, rows, current, model)
-            if mask is not None:
-                rows = rows[mask.bool().view(rows.shape[:-1])]
-            store[name].append(rows.reshape(-1, rows.shape[-1]))
-
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
-    try:
-        yield store, current
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch], mask_rule: MaskRule
-) -> dict[str, Tensor]:
-    """Input rows (S, d_in) of every module over all batches, with the weights that the model holds now."""
-    device = next(model.parameters()).device
-    with _capture(model, modules, mask_rule) as (store, current):
-        for batch in batches:
-            current.clear()
-            current.update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-            model(**current)
-    if silent := [name for name, rows in store.items() if not rows]:
-        raise ValueError(f"these target modules were never called on the calibration batches: {silent}")
-    return {name: torch.cat(rows) for name, rows in store.items()}
 
 
 def _average_median(values: Tensor) -> Tensor:
@@ -319,8 +205,8 @@ class _Problem:
 
     def rows(self, task: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Input rows of every module over task `task`'s batches, with `weights` in the model."""
-        with _installed(self.modules, weights):
-            return _run(self.model, self.modules, self.batches[task], self.mask_rule)
+        with installed(self.modules, weights):
+            return input_rows(self.model, self.modules, self.batches[task], self.mask_rule)
 
     def solve(
         self, X: list[dict[str, Tensor]], Xt: list[dict[str, Tensor]], opt: _Options, clock: _Clock
@@ -347,8 +233,8 @@ def _pose(
     if not len(adapters) == len(batches_by_task) == len(coefficients):
         counts = f"{len(adapters)} adapters, {len(batches_by_task)} lists of batches, {len(coefficients)} coefficients"
         raise ValueError(f"one list of batches and one coefficient an adapter expected; found {counts}")
-    modules = _targets(model, adapters)
-    base = {name: _weight(module) for name, module in modules.items()}
+    modules = targets_of(model, adapters)
+    base = {name: weight_of(module) for name, module in modules.items()}
     zero = {name: torch.zeros_like(W) for name, W in base.items()}
     deltas = [{n: dense_delta(a[n], W) if n in a else zero[n] for n, W in base.items()} for a in adapters]
     full = [{n: W + d[n] for n, W in base.items()} for d in deltas]
@@ -433,7 +319,21 @@ def document_loop(
         adapters: One mapping a task, dotted module name -> delta (see `Delta`); an absent module counts as delta 0.
         batches_by_task: Keyword arguments of the model's forward, one list of batches a task.
         max_iter: Solves; the merged model runs max_iter - 1 times over all samples.
-        alpha: Value of alpha_1 and alpha_2 unless these are given; camr_alpha is alpha_1 unless given.
+        alpha: Value of alpha_1 and alpha_2 unless these are given.
+        alpha_1: Share of ||C_i||_F on the diagonal of the cross-Gram.
+        alpha_2: Share of ||G_i||_F on the diagonal of the Gram.
+        reg_ceof: Share rho of the task model's rows in X~ (the document's spelling).
+        with_pretrain_matrix: Match the outputs of the full weights, not of the deltas.
+        coefficients: c_i, one a task; default 1 each.
+        lambda_mode: "full" weighs a task by its full weight, "delta" by its delta.
+        use_mats: Mix iterates by Anderson's method.
+        mats_history_size: Differences kept a module.
+        mats_regularization: Added to the diagonal of its least-squares problem.
+        use_camr: Regularise the Gram by the variances of its features.
+        camr_alpha: Factor of the variances' shares; alpha_1 unless given.
+        camr_beta: Constant on the diagonal.
+        use_dcs: Weigh tokens by how far the tasks' outputs differ on them.
+        dcs_sigma: Factor of the MAD.
         convergence_threshold: Stops below it, 0 never does.
         gram_dtype: Of the products; the published code uses fp32.
         mask_rule: Mask (B, L) of the tokens that count for a module's input, or None for all of them.
@@ -453,76 +353,10 @@ def document_loop(
     c_alpha = a1 if camr_alpha is None else camr_alpha
     opt = _Options(counts, a1, a2, reg_ceof, use_camr, c_alpha, camr_beta, use_dcs, dcs_sigma, gram_dtype, lambda_mode)
     mats = _Mats(mats_history_size, mats_regularization) if use_mats else None
-    with _evaluating(model):
+    with evaluating(model):
         return _iterate(
             problem,
             opt,
             _Schedule(max_iter, convergence_threshold, mats, on_iteration),
             _Clock(next(model.parameters()).device),
         )
-
-
-def objective_terms(
-    model: nn.Module,
-    adapters: Sequence[Mapping[str, Delta]],
-    batches_by_task: Sequence[Sequence[Batch]],
-    deltas: Mapping[str, Delta],
-    *,
-    coefficients: Sequence[float] | None = None,
-    lambda_mode: str = "full",
-    mask_rule: MaskRule = default_mask,
-) -> dict[str, tuple[float, float]]:
-    """Per module (sum_i a_i ||X_i W_i^T - X~_i W^T||_F^2, sum_i a_i ||X_i W_i^T||_F^2), a_i = c_i lambda_i.
-
-    W_i are the adapters' deltas and W the merged one (0 where `deltas` lacks the module); X~_i comes from the model
-    that carries `deltas`. Sums in float64, one batch in memory at a time. `lambda_mode`: full | delta | one.
-    """
-    modules = _targets(model, [*adapters, deltas])
-    counts = [1.0] * len(adapters) if coefficients is None else list(coefficients)
-    base = {name: _weight(module) for name, module in modules.items()}
-    merged = {name: dense_delta(delta, base[name]) for name, delta in deltas.items()}
-    merged_full = {name: base[name] + delta for name, delta in merged.items()}
-    sums = {name: (0.0, 0.0) for name in modules}
-    with _evaluating(model):
-        for i, adapter in enumerate(adapters):
-            own = {name: dense_delta(delta, base[name]) for name, delta in adapter.items()}
-            own_full = {name: base[name] + delta for name, delta in own.items()}
-            raw = {name: [0.0, 0.0, 0.0] for name in modules}
-            for batch in batches_by_task[i]:
-                with _installed(modules, own_full):
-                    X = _run(model, modules, [batch], mask_rule)
-                with _installed(modules, merged_full):
-                    Xt = _run(model, modules, [batch], mask_rule)
-                for name, (x, xt) in ((name, (X[name], Xt[name])) for name in modules):
-                    y = x @ own[name].T if name in own else x.new_zeros(len(x), len(base[name]))
-                    z = xt @ merged[name].T if name in merged else torch.zeros_like(y)
-                    # lambda full looks at the whole output of the task model's module, delta at the adapter's part
-                    seen = x @ own_full.get(name, base[name]).T if lambda_mode == "full" else y
-                    for j, value in enumerate((y - z, y, seen)):
-                        raw[name][j] += float(value.double().square().sum())
-            for name, (error, size, seen_size) in raw.items():
-                W = own_full.get(name, base[name]) if lambda_mode == "full" else own.get(name)
-                norm = 0.0 if W is None else float(W.double().square().sum())
-                lam = 1.0 if lambda_mode == "one" else norm / seen_size if seen_size > 0 else 0.0
-                a, kept = counts[i] * lam, sums[name]
-                sums[name] = (kept[0] + a * error, kept[1] + a * size)
-    return sums
-
-
-def iteris_objective(
-    model: nn.Module,
-    adapters: Sequence[Mapping[str, Delta]],
-    batches_by_task: Sequence[Sequence[Batch]],
-    deltas: Mapping[str, Delta],
-    **options: Any,
-) -> float:
-    """The IterIS objective of merged `deltas`, summed over modules and tasks and **normalised**: 0 exact, 1 for W = 0.
-
-    total / size with total = sum_modules sum_i c_i lambda_i ||X_i W_i^T - X~_i W^T||^2 and
-    size = sum_modules sum_i c_i lambda_i ||X_i W_i^T||^2. Options as in `objective_terms`. It may exceed 1.
-    """
-    terms = objective_terms(model, adapters, batches_by_task, deltas, **options).values()
-    size = sum(own for _, own in terms)
-    if size <= 0:
-        raise ValueError("every adapter is zero on these batches: the objective has nothing to be compared with")
-    return sum(error for error, _ in terms) / size

@@ -8,7 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def machine() -> str:
@@ -21,9 +21,16 @@ def machine() -> str:
 
 def commit() -> str:
     """Short commit of the repository, with a mark if files differ from it; 'none' outside of one."""
+    # An installed package may lie inside of somebody else's repository.
+    if not (REPOSITORY / ".git").exists():
+        return "none"
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=False)
+        command = ["git", "-C", str(REPOSITORY), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
@@ -37,9 +44,11 @@ def describe() -> dict[str, object]:
 
     return {
         "machine": machine(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

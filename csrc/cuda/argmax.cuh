@@ -1,0 +1,43 @@
+// The largest entry of a short array, and the shared memory of a block: what the kernels on small matrices share.
+#pragma once
+
+#include "device.cuh"
+
+namespace loraforge::cuda {
+
+// The largest of now[0..n) and the first place it is at (n where none is above -1), the same in every lane. Each warp
+// finds it for itself, so no barrier is needed.
+__device__ __forceinline__ int warp_argmax(const double* now, int n, double& best) {
+  int at = n;
+  best = -1.0;
+  for (int j = static_cast<int>(threadIdx.x) % kWarp; j < n; j += kWarp) {
+    if (now[j] > best) {
+      best = now[j];
+      at = j;
+    }
+  }
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const double other = __shfl_xor_sync(kFullWarp, best, offset);
+    const int place = __shfl_xor_sync(kFullWarp, at, offset);
+    if (other > best || (other == best && place < at)) {
+      best = other;
+      at = place;
+    }
+  }
+  return at;
+}
+
+// Bytes of shared memory that a block of the current device can have.
+inline int64_t most_shared() {
+#if defined(__CUDACC__)
+  int device = 0, bytes = 48 * 1024;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+#else
+  return static_cast<int64_t>(emulator::kSharedLimit);
+#endif
+}
+
+} // namespace loraforge::cuda

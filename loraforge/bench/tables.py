@@ -1,0 +1,191 @@
+"""The tables of a result: numbers in, headers and rows out. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+OURS = ("cpu", "cuda", "loraforge")
+MEBI = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One table.
+
+    Attributes:
+        title: A line above it.
+        headers: Titles of the columns.
+        rows: Cells; None for what was not measured.
+    """
+
+    title: str
+    headers: list[str]
+    rows: list[list[object]]
+
+
+def pages(result: Row) -> list[Page]:
+    """The tables of every group that was measured."""
+    makers: dict[str, Callable[[Row, list[Row]], list[Page]]] = {
+        "kernels": _kernels, "merge": _merge, "iteris": _iteris, "scale": _scale,
+    }  # fmt: skip
+    found = []
+    for group in result["groups"]:
+        rows = [row for row in result["rows"] if row["group"] == group]
+        if rows:
+            found += makers[group](result, rows)
+    return found
+
+
+def all_rows(result: Row) -> Page:
+    """Every row with its spread, as the file has them."""
+    headers = [
+        "group", "case", "form", "ms", "IQR ms", "runs", "x peer", "peer", "GB/s", "GFLOP/s", "roofline %", "peak MiB",
+        "error", "allowed",
+    ]  # fmt: skip
+    cells: list[list[object]] = [
+        [
+            row["group"], row["case"], row["form"], _ms(row), row["iqr"] * 1e3, row["runs"], row["speedup"],
+            row["peer"], row["gb_per_s"], row["gflop_per_s"], _percent(row["roofline"]), _mebi(row["peak_bytes"]),
+            row["error"], row["allowed"],
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return Page("All timings", headers, cells)
+
+
+def comparison_page(comparison: Row) -> Page:
+    """New over stored times, and what may be concluded."""
+    rows: list[list[object]] = [
+        [r["group"], r["case"], r["form"], r["seconds_old"] * 1e3, r["seconds_new"] * 1e3, r["ratio"], r["spread"],
+         r["verdict"]]
+        for r in comparison["rows"]
+    ]  # fmt: skip
+    headers = ["group", "case", "form", "stored ms", "now ms", "now / stored", "spread", "verdict"]
+    return Page(f"Against {comparison['file']}", headers, rows)
+
+
+def heading(result: Row) -> list[str]:
+    """Where, when and how it was measured."""
+    machine = result["machine"]
+    gpu = f", {machine['gpu']}" if result["device"].startswith("cuda") else ""
+    plural = "" if machine["threads"] == 1 else "s"
+    how = {
+        "processor": "processor time of the process",
+        "wall": "wall time",
+        "events": "events of the GPU, caches overwritten before each call",
+    }[result["clock"]]
+    lines = [
+        f"{machine['machine']}{gpu}, {machine['threads']} thread{plural}, torch {machine['torch']}",
+        f"commit {machine['commit']}, {machine['date']}, {how}, medians; forms of a case in turn, each result compared",
+    ]
+    ceilings = result["ceilings"]
+    if ceilings is not None:
+        rates = ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in ceilings["flops_per_second"].items())
+        lines.append(f"ceilings: copy {ceilings['bytes_per_second'] / 1e9:.3g} GB/s; products, GFLOP/s: {rates}")
+    return lines
+
+
+def skipped_lines(result: Row) -> list[str]:
+    """What was not measured, a line a reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for skipped in result["skipped"]:
+        reasons.setdefault((skipped["form"], skipped["reason"]), []).append(skipped["case"])
+    return [
+        f"not measured: {form} of {len(cases)} case{'' if len(cases) == 1 else 's'} (first: {cases[0]}): {reason}"
+        for (form, reason), cases in reasons.items()
+    ]
+
+
+def _by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["form"]] = row
+    return found
+
+
+def _kernels(result: Row, rows: list[Row]) -> list[Page]:
+    ours = next((form for form in ("cuda", "cpu") if any(row["form"] == form for row in rows)), "cpu")
+    headers = [
+        "operator and size", "reference ms", "torch ms", f"{ours} ms", "x reference", "x torch", "GB/s", "GFLOP/s",
+        "roofline %", "error",
+    ]  # fmt: skip
+    cells: list[list[object]] = []
+    for case, forms in _by_case(rows).items():
+        own = forms.get(ours)
+        cells.append(
+            [
+                case, _ms(forms.get("reference")), _ms(forms.get("torch")), _ms(own),
+                _times(forms.get("reference"), own), _times(forms.get("torch"), own),
+                *((own[key] for key in ("gb_per_s", "gflop_per_s")) if own else (None, None)),
+                _percent(own["roofline"]) if own else None, own["error"] if own else None,
+            ]
+        )  # fmt: skip
+    return [Page(f"Operators: compiled ({ours}) against PyTorch on {result['device']}", headers, cells)]
+
+
+def _merge(result: Row, rows: list[Row]) -> list[Page]:
+    peers = [form for form in ("peft", "torch", "document") if any(row["form"] == form for row in rows)]
+    sizes = " ".join(rows[0]["case"].removeprefix(rows[0]["op"]).split())
+    headers = ["method", "loraforge ms", *(f"{p} ms" for p in peers), *(f"x {p}" for p in peers), "error"]
+    cells: list[list[object]] = []
+    for forms in _by_case(rows).values():
+        own = forms["loraforge"]
+        cells.append(
+            [
+                own["op"], _ms(own), *(_ms(forms.get(p)) for p in peers), *(_times(forms.get(p), own) for p in peers),
+                own["error"],
+            ]
+        )  # fmt: skip
+    return [Page(f"Merges in memory: {sizes}, 2 adapters", headers, cells)]
+
+
+def _iteris(result: Row, rows: list[Row]) -> list[Page]:
+    headers = ["side", "seconds", "IQR", "x document", "peak MiB", "objective", "error"]
+    cells: list[list[object]] = [
+        [r["form"], r["seconds"], r["iqr"], r["speedup"], _mebi(r["peak_bytes"]), r["objective"], r["error"]]
+        for r in rows
+    ]
+    return [Page(f"Calibrated merge beside the document's loop: {rows[0]['case']}", headers, cells)]
+
+
+def _scale(result: Row, rows: list[Row]) -> list[Page]:
+    cells: list[list[object]] = []
+    for forms in _by_case(rows).values():
+        own, other = forms["loraforge"], forms.get("torch")
+        axis = own["op"]
+        cells.append([axis, own["size"][axis], _ms(own), _mebi(own["peak_bytes"]), _ms(other), _times(other, own)])
+    headers = ["axis", "value", "loraforge ms", "peak MiB", "dense torch ms", "x torch"]
+    found = [Page("Scale: an svd merge (tokens: a sweep), one size at a time", headers, cells)]
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    for fit in result["fits"]:
+        lines.setdefault((fit["axis"], fit["form"]), {})[fit["quantity"]] = fit
+    exponents: list[list[object]] = [
+        [axis, form, fits["seconds"]["points"], *_exponent(fits.get("seconds")), *_exponent(fits.get("peak_bytes"))]
+        for (axis, form), fits in lines.items()
+        if "seconds" in fits
+    ]
+    columns = ["axis", "form", "points", "time ~ axis^", "+-", "memory ~ axis^", "+-"]
+    return [*found, Page("Exponents of the range measured, with standard errors", columns, exponents)]
+
+
+def _exponent(fit: Row | None) -> Sequence[float | None]:
+    return (None, None) if fit is None else (fit["exponent"], fit["stderr"])
+
+
+def _ms(row: Row | None) -> float | None:
+    return None if row is None else row["seconds"] * 1e3
+
+
+def _times(peer: Row | None, own: Row | None) -> float | None:
+    return None if peer is None or own is None or own["seconds"] <= 0.0 else peer["seconds"] / own["seconds"]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100.0 * share
+
+
+def _mebi(size: int | None) -> float | None:
+    return None if size is None else size / MEBI
