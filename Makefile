@@ -25,6 +25,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
+	$(BIN)/loraforge bench --out benchmarks/results/bench.json --plot docs/bench.png --overwrite
 	$(BIN)/python -m pytest -q -o addopts= --benchmark-only --benchmark-disable-gc benchmarks/bench_kernels.py
 	$(BIN)/python -m benchmarks.merge_factored
 	$(BIN)/python -m benchmarks.iteris_against_loop

@@ -36,8 +36,10 @@ step_build() {
     TORCH_CUDA_ARCH_LIST=$("$PYTHON" -m benchmarks.gpu_results arch "$WORK/environment.json") || return 1
     export CUDA_HOME TORCH_CUDA_ARCH_LIST FORCE_CUDA=1 LORAFORGE_REQUIRE_EXT=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
     echo "CUDA_HOME=$CUDA_HOME TORCH_CUDA_ARCH_LIST=$TORCH_CUDA_ARCH_LIST MAX_JOBS=$MAX_JOBS"
-    # An older setuptools refuses the licence field of pyproject.toml, and nothing of it is needed to build in place.
+    # An older setuptools refuses the licence field of pyproject.toml; a build in place needs the package's name alone.
     mv pyproject.toml pyproject.aside
+    printf '%s\n' '[project]' 'name = "loraforge"' 'version = "0"' '[tool.setuptools]' 'packages = ["loraforge"]' \
+        >pyproject.toml
     "$PYTHON" setup.py build_ext --inplace
     local rc=$?
     mv pyproject.aside pyproject.toml

@@ -26,6 +26,7 @@ _PUBLIC = {
     "load_stats": "loraforge.input_stats",
     "open_adapter": "loraforge.adapters",
     "run_demo": "loraforge.demo",
+    "run_bench": "loraforge.bench",
     "LowRank": "loraforge.types",
     "LoraforgeError": "loraforge.errors",
     "UsageError": "loraforge.errors",
@@ -35,6 +36,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from loraforge.adapters import open_adapter as open_adapter
+    from loraforge.bench import run_bench as run_bench
     from loraforge.conversion import convert as convert
     from loraforge.demo import run_demo as run_demo
     from loraforge.errors import LoraforgeError as LoraforgeError

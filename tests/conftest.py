@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compiles the emulated kernels on another core while the tests before theirs run."""
+    if sum("_emulated" in item.nodeid for item in session.items) > 50 and not session.config.option.collectonly:
+        root = Path(__file__).resolve().parent.parent
+        command = ["nice", sys.executable, "-m", "tests.kernels.emulator"]
+        if shutil.which("nice") is not None:
+            builder = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            session.config.add_cleanup(lambda: (builder.terminate(), builder.wait()))
 
 
 @pytest.fixture(scope="session")

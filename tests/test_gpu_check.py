@@ -32,7 +32,7 @@ case "$*" in
     "-m benchmarks.gpu_results "*) exec "$REAL" "$@" ;;
     "setup.py build_ext --inplace")
         echo "arch $TORCH_CUDA_ARCH_LIST home $CUDA_HOME require $LORAFORGE_REQUIRE_EXT" >>"$CALLS"
-        test ! -e pyproject.toml || exit 9
+        ! grep -q license pyproject.toml && grep -q '"loraforge"' pyproject.toml || exit 9
         [ "${BUILD:-0}" = 0 ] || { echo "nvcc fatal: no such thing" >&2; exit "$BUILD"; } ;;
     *junitxml*)
         for word in "$@"; do case $word in --junitxml=*) file=${word#--junitxml=} ;; esac; done

@@ -63,8 +63,8 @@ LF_BODY void store_wide(const FloatLanes& from, BFloat16* to) {
   std::memcpy(to, &bits, sizeof(bits));
 }
 
-// To nearest even without a branch. Below 2^-14 the result is subnormal, and adding 0.5 leaves its bits at the end of the
-// sum; from 65520 on it is infinite.
+// To nearest even without a branch. Below 2^-14 the result is subnormal, and adding 0.5 leaves its bits at the end of
+// the sum; from 65520 on it is infinite.
 LF_BODY void store_wide(const FloatLanes& from, Half* to) {
   const WordLanes word = reinterpret_cast<WordLanes>(from), magnitude = word & 0x7FFFFFFFu;
   const WordLanes small = reinterpret_cast<WordLanes>(reinterpret_cast<FloatLanes>(magnitude) + 0.5f) - 0x3F000000u;

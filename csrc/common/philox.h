@@ -34,9 +34,9 @@ LF_HD void multiply(uint64_t a, uint64_t b, uint64_t& high, uint64_t& low) {
 // The eight draws of entries 8 * block .. 8 * block + 7.
 LF_HD void philox_block(PhiloxKey key, uint64_t block, uint32_t (&draws)[kDrawsPerBlock]) {
   uint64_t x0 = block + 1, x1 = 0, x2 = 0, x3 = 0, key0 = key.low, key1 = key.high;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll
-#else
+#elif !defined(__CUDACC__)
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < kPhiloxRounds; ++round) {

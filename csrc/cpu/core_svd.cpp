@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "../common/cast.h"
 #include "../common/checks.h"
@@ -57,19 +58,69 @@ Tensor pick_rank(const Tensor& S, double energy, int64_t min_rank, int64_t max_r
   return out;
 }
 
+// Rows of unit stride times one factor each column, and times one factor.
+template <typename T, typename Out>
+LF_BODY void columns_body(const T* x, int64_t row, const T* roots, int64_t rows, int64_t columns, Out* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < columns; ++k) {
+      out[i * columns + k] = cast_one<T, Out>(x[i * row + k] * roots[k]);
+    }
+  }
+}
+
+template <typename T, typename Out>
+LF_BODY void row_body(const T* x, T root, int64_t count, Out* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = cast_one<T, Out>(x[i] * root);
+  }
+}
+
+#define LF_SCALE(T, Out)                                                                                       \
+  LF_CLONES void scale_columns(                                                                                \
+      const T* x, int64_t row, const T* roots, int64_t rows, int64_t columns, Out* out) {                      \
+    columns_body(x, row, roots, rows, columns, out);                                                           \
+  }                                                                                                            \
+  LF_CLONES void scale_row(const T* x, T root, int64_t count, Out* out) {                                      \
+    row_body(x, root, count, out);                                                                             \
+  }
+#define LF_SCALE_FROM(T) \
+  LF_SCALE(T, float)     \
+  LF_SCALE(T, double)    \
+  LF_SCALE(T, BFloat16)  \
+  LF_SCALE(T, Half)
+LF_SCALE_FROM(float)
+LF_SCALE_FROM(double)
+#undef LF_SCALE_FROM
+#undef LF_SCALE
+
 template <typename T, typename Out>
 void write_factors(const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t rank, Out* left, Out* right) {
   const int64_t m = U.size(0), n = Vh.size(1), u0 = U.stride(0), u1 = U.stride(1), v0 = Vh.stride(0), v1 = Vh.stride(1);
   const T* u = U.const_data_ptr<T>();
   const T* v = Vh.const_data_ptr<T>();
-  const T* s = S.const_data_ptr<T>();
+  std::vector<T> roots(rank);
   for (int64_t k = 0; k < rank; ++k) {
-    const T root = std::sqrt(s[k * S.stride(0)]);
-    for (int64_t i = 0; i < m; ++i) {
-      left[i * rank + k] = cast_one<T, Out>(u[i * u0 + k * u1] * root);
+    roots[k] = std::sqrt(S.const_data_ptr<T>()[k * S.stride(0)]);
+  }
+  if (u1 == 1) {
+    scale_columns(u, u0, roots.data(), m, rank, left);
+  } else {
+    constexpr int64_t kRows = 64; // of the result, which stay in the first cache while its columns are read
+    for (int64_t begin = 0; begin < m; begin += kRows) {
+      for (int64_t k = 0; k < rank; ++k) {
+        for (int64_t i = begin; i < std::min(begin + kRows, m); ++i) {
+          left[i * rank + k] = cast_one<T, Out>(u[i * u0 + k * u1] * roots[k]);
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k < rank; ++k) {
+    if (v1 == 1) {
+      scale_row(v + k * v0, roots[k], n, right + k * n);
+      continue;
     }
     for (int64_t i = 0; i < n; ++i) {
-      right[k * n + i] = cast_one<T, Out>(v[k * v0 + i * v1] * root);
+      right[k * n + i] = cast_one<T, Out>(v[k * v0 + i * v1] * roots[k]);
     }
   }
 }

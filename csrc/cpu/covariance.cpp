@@ -139,41 +139,55 @@ struct Chunk {
   }
 };
 
-constexpr int64_t kEdge = 32; // edge of the tiles that are mirrored through the first cache
+constexpr int64_t kEdge = 32;  // edge of the tiles that are mirrored through the first cache
+constexpr int64_t kStrip = 512; // columns that a band of kEdge rows takes at a time: long enough for memory, short for L2
 
-// Tile (i, j), j >= i, takes that of the chunk, and with `mirror` tile (j, i) is its transpose: one task writes both.
-template <typename T>
-void fold_tile(double* acc, int64_t ld, const Chunk<T>& chunk, int64_t d, int64_t i0, int64_t j0, bool mirror) {
-  const int64_t i1 = std::min(i0 + kEdge, d), j1 = std::min(j0 + kEdge, d);
+// Rows i0 to i1 and columns j0 to j1 of the upper triangle, copied below the diagonal.
+void mirror_strip(double* acc, int64_t ld, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   double turned[kEdge][kEdge];
-  for (int64_t i = i0; i < i1; ++i) {
-    const int64_t begin = std::max(j0, i);
-    double* row = acc + i * ld;
-    chunk.add_to(row + begin, i, begin, j1 - begin);
-    if (mirror) {
-      for (int64_t j = begin; j < j1; ++j) {
-        turned[j - j0][i - i0] = row[j];
+  for (int64_t j = j0; j < j1; j += kEdge) {
+    const int64_t end = std::min(j + kEdge, j1);
+    for (int64_t i = i0; i < i1; ++i) {
+      for (int64_t column = std::max(j, i); column < end; ++column) {
+        turned[column - j][i - i0] = acc[i * ld + column];
       }
     }
+    for (int64_t row = j; row < end; ++row) {
+      const int64_t short_of_diagonal = std::max<int64_t>(std::min(i1, row) - i0, 0);
+      std::copy_n(turned[row - j], short_of_diagonal, acc + row * ld + i0);
+    }
   }
-  for (int64_t j = mirror ? j0 : j1; j < j1; ++j) {
-    std::copy_n(turned[j - j0], std::max<int64_t>(std::min(i1, j) - i0, 0), acc + j * ld + i0); // short of the diagonal
+}
+
+// A band of rows takes the upper triangle of the chunk, and with `mirror` its columns below the diagonal the same.
+template <typename T>
+void fold_band(double* acc, int64_t ld, const Chunk<T>& chunk, int64_t d, int64_t i0, bool mirror) {
+  const int64_t i1 = std::min(i0 + kEdge, d);
+  for (int64_t j0 = i0; j0 < d; j0 += kStrip) {
+    const int64_t j1 = std::min(j0 + kStrip, d);
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t begin = std::max(j0, i);
+      if (begin < j1) {
+        chunk.add_to(acc + i * ld + begin, i, begin, j1 - begin);
+      }
+    }
+    if (mirror) {
+      mirror_strip(acc, ld, i0, i1, j0, j1);
+    }
   }
 }
 
 template <typename T>
 void fold_into(const Tensor& acc, const Tensor& chunk, bool symmetric, bool mirror) {
-  const int64_t m = acc.size(0), n = acc.size(1), ld = acc.stride(0), tiles = (m + kEdge - 1) / kEdge;
+  const int64_t m = acc.size(0), n = acc.size(1), ld = acc.stride(0), bands = (m + kEdge - 1) / kEdge;
   const int64_t axis = chunk.dim() - 2;
   double* to = acc.mutable_data_ptr<double>();
   const Chunk<T> from{
       chunk.const_data_ptr<T>(), axis == 1 ? chunk.size(0) : 1, axis == 1 ? chunk.stride(0) : 0, chunk.stride(axis)};
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, bands, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (symmetric) {
-        for (int64_t column = row; column < tiles; ++column) {
-          fold_tile(to, ld, from, m, row * kEdge, column * kEdge, mirror);
-        }
+        fold_band(to, ld, from, m, row * kEdge, mirror);
       } else {
         for (int64_t i = row * kEdge; i < std::min((row + 1) * kEdge, m); ++i) {
           from.add_to(to + i * ld, i, 0, n);

@@ -573,7 +573,7 @@ struct Agreeing {
 
 // Bits of the magnitudes from `low` on.
 template <typename T, typename Bits>
-LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, Bits* digits) {
+LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, Bits* digits, uint8_t* agrees) {
   using Compared = std::conditional_t<sizeof(Bits) == 4, float, double>;
   Bits equal = 0, above = 0;
   const Bits wanted = static_cast<Bits>(prefix), mask = ~(Bits{1} << (8 * sizeof(Bits) - 1));
@@ -585,23 +585,24 @@ LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, u
     __builtin_memcpy(&bits, &value, sizeof(bits));
     bits = (bits & mask) >> down;
     digits[i] = bits;
+    agrees[i] = (bits >> gap) == wanted;
     equal += static_cast<Bits>((bits >> gap) == wanted);
     above += static_cast<Bits>((bits >> gap) > wanted);
   }
   return {static_cast<int64_t>(equal), static_cast<int64_t>(above)};
 }
 
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits) {
-  return digits_body(x, n, low, high, prefix, digits);
+LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits, uint8_t* agrees) {
+  return digits_body(x, n, low, high, prefix, digits, agrees);
 }
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits) {
-  return digits_body(x, n, low, high, prefix, digits);
+LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits, uint8_t* agrees) {
+  return digits_body(x, n, low, high, prefix, digits, agrees);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits) {
-  return digits_body(x, n, low, high, prefix, digits);
+LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits, uint8_t* agrees) {
+  return digits_body(x, n, low, high, prefix, digits, agrees);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits) {
-  return digits_body(x, n, low, high, prefix, digits);
+LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits, uint8_t* agrees) {
+  return digits_body(x, n, low, high, prefix, digits, agrees);
 }
 
 // Counts a tile's digits, in a table of its own where threads share the work: whole numbers add up in any order.
@@ -635,21 +636,34 @@ class Count {
   }
 
  private:
+  // Few agree: eight are looked at in turn.
+  static void count_some(const Bits* digits, const uint8_t* agrees, int64_t n, Bits mask, int64_t* table) {
+    for (int64_t at = 0; at < n; at += 8) {
+      uint64_t eight = 0;
+      std::memcpy(&eight, agrees + at, static_cast<size_t>(std::min<int64_t>(8, n - at)));
+      for (int64_t i = at; eight != 0; ++i, eight >>= 8) {
+        if ((eight & 1) != 0) {
+          ++table[digits[i] & mask];
+        }
+      }
+    }
+  }
+
   void count(const T* x, int64_t n) {
     alignas(64) Bits digits[kStrip];
+    alignas(8) uint8_t agrees[kStrip];
     const int gap = static_cast<int>(digit_.high - digit_.low);
     const bool top = digit_.high == 8 * static_cast<int64_t>(sizeof(Bits)) - 1; // nothing is above: all agree
     const Bits mask = (Bits{1} << gap) - 1;
     int64_t* table = adding_ ? own_.data() : counts_;
     for (int64_t prefix : digit_.prefixes) {
-      const Bits wanted = static_cast<Bits>(prefix);
-      const Agreeing found = digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(prefix), digits);
-      if (found.equal != 0) {
+      const Agreeing found = digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(prefix), digits, agrees);
+      if (top) {
         for (int64_t i = 0; i < n; ++i) {
-          if (top || (digits[i] >> gap) == wanted) {
-            ++table[digits[i] & mask];
-          }
+          ++table[digits[i]];
         }
+      } else if (found.equal != 0) {
+        count_some(digits, agrees, n, mask, table);
       }
       table += int64_t{1} << gap;
       *table++ += found.above;

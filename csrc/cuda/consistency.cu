@@ -4,6 +4,8 @@
 // on their way before it computes. Differences in float (double for double), squares and sums in double.
 #include "consistency.h"
 
+#include <cstring>
+
 #include "../common/consistency.h"
 #include "device.cuh"
 
@@ -13,38 +15,65 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTurns = 4; // loads of a piece by a lane, from each of P and S
-constexpr int64_t kMaxBlocks = 2048;
+constexpr int64_t kMaxBlocks = 1056; // twice what 132 multiprocessors hold at once
 
 template <typename T>
 using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// What a lane loads at once.
-template <typename T>
+// What a lane loads at once, as words: 16-bit entries stay two to a register until they are needed.
 struct alignas(16) Pack {
-  static constexpr int kEntries = 16 / static_cast<int>(sizeof(T));
-  T at[kEntries];
+  unsigned at[4];
 };
 
 template <typename T>
-constexpr int64_t kPiece = int64_t{kWarp} * Pack<T>::kEntries * kTurns;
+constexpr int kEntries = static_cast<int>(sizeof(Pack) / sizeof(T));
 
 template <typename T>
-__device__ __forceinline__ Wide<T> widened(T x) {
+constexpr int64_t kPiece = int64_t{kWarp} * kEntries<T> * kTurns;
+
+// Entry k of a pack in the type that differences are taken in; k is known when this is compiled.
+template <typename T>
+__device__ __forceinline__ Wide<T> entry(const Pack& pack, int k) {
   if constexpr (std::is_same_v<T, double>) {
-    return x;
+    const auto low = static_cast<long long>(pack.at[2 * k]), high = static_cast<long long>(pack.at[2 * k + 1]);
+    return __longlong_as_double(high << 32 | low);
+  } else if constexpr (std::is_same_v<T, float>) {
+    return __uint_as_float(pack.at[k]);
+  } else if constexpr (std::is_same_v<T, Bf16>) {
+    return __uint_as_float(k % 2 == 0 ? pack.at[k / 2] << 16 : pack.at[k / 2] & 0xFFFF0000u);
   } else {
-    return as_float(x);
+    return as_float(F16{static_cast<uint16_t>(pack.at[k / 2] >> (k % 2 * 16))});
   }
 }
 
 template <typename T, bool kAligned>
-__device__ __forceinline__ void load_pack(const T* row, int64_t at, int64_t end, Pack<T>& to) {
+__device__ __forceinline__ void load_pack(const T* row, int64_t at, int64_t end, Pack& to) {
   if constexpr (kAligned) { // the width is then a multiple of the pack
-    to = at < end ? *reinterpret_cast<const Pack<T>*>(row + at) : Pack<T>{};
+    to = at < end ? *reinterpret_cast<const Pack*>(row + at) : Pack{};
+  } else {
+    T entries[kEntries<T>];
+#pragma unroll
+    for (int k = 0; k < kEntries<T>; ++k) {
+      entries[k] = at + k < end ? row[at + k] : T{};
+    }
+    memcpy(&to, entries, sizeof(to));
+  }
+}
+
+template <typename T, bool kAligned>
+__device__ __forceinline__ void store_pack(const T (&entries)[kEntries<T>], T* row, int64_t at, int64_t end) {
+  if constexpr (kAligned) {
+    Pack pack;
+    memcpy(&pack, entries, sizeof(pack));
+    if (at < end) {
+      *reinterpret_cast<Pack*>(row + at) = pack;
+    }
   } else {
 #pragma unroll
-    for (int k = 0; k < Pack<T>::kEntries; ++k) {
-      to.at[k] = at + k < end ? row[at + k] : T{};
+    for (int k = 0; k < kEntries<T>; ++k) {
+      if (at + k < end) {
+        row[at + k] = entries[k];
+      }
     }
   }
 }
@@ -86,9 +115,9 @@ struct Walk {
 
 // Partial sums of the pieces of a block; the block that finishes last adds the partials in their order.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kAligned ? 4 : 2)
     forward_kernel(ConsistencyInput in, int64_t pieces, double* partial, unsigned* ticket, double* out) {
-  constexpr int kEntries = Pack<T>::kEntries, kSums = 2;
+  constexpr int kSums = 2;
   __shared__ double scratch[kWarp];
   __shared__ unsigned place;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -101,19 +130,19 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2)
     }
     const T* p = static_cast<const T*>(in.P) + at.token * in.width;
     const T* s = static_cast<const T*>(in.S) + at.token * in.width;
-    const int64_t begin = at.piece * kPiece<T> + lane * kEntries;
-    Pack<T> x[kTurns], y[kTurns];
+    const int64_t begin = at.piece * kPiece<T> + lane * kEntries<T>;
+    Pack x[kTurns], y[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      load_pack<T, kAligned>(p, begin + turn * kWarp * kEntries, in.width, x[turn]);
-      load_pack<T, kAligned>(s, begin + turn * kWarp * kEntries, in.width, y[turn]);
+      load_pack<T, kAligned>(p, begin + turn * kWarp * kEntries<T>, in.width, x[turn]);
+      load_pack<T, kAligned>(s, begin + turn * kWarp * kEntries<T>, in.width, y[turn]);
     }
     double sums[kSums] = {};
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
 #pragma unroll
-      for (int k = 0; k < kEntries; ++k) {
-        const Wide<T> d = widened(x[turn].at[k]) - widened(y[turn].at[k]);
+      for (int k = 0; k < kEntries<T>; ++k) {
+        const Wide<T> d = entry<T>(x[turn], k) - entry<T>(y[turn], k);
         const double cost = d > bound ? 0.0 : static_cast<double>(d);
         sums[k % kSums] += cost * cost;
       }
@@ -143,9 +172,8 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2)
 }
 
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kAligned ? 4 : 2)
     backward_kernel(ConsistencyInput in, int64_t pieces, const double* grad, T* out) {
-  constexpr int kEntries = Pack<T>::kEntries;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const Wide<T> bound = kept_above<Wide<T>>(in.rule, limit_of(in));
   const double twice = 2.0 * *grad;
@@ -155,36 +183,26 @@ __global__ void __launch_bounds__(kThreads, kAligned ? 3 : 2)
     const T* p = static_cast<const T*>(in.P) + at.token * in.width;
     const T* s = static_cast<const T*>(in.S) + at.token * in.width;
     T* to = out + at.token * in.width;
-    const int64_t begin = at.piece * kPiece<T> + lane * kEntries;
-    Pack<T> x[kTurns] = {}, y[kTurns];
-    if (weight != 0.0) {
+    const int64_t begin = at.piece * kPiece<T> + lane * kEntries<T>;
+    Pack x[kTurns], y[kTurns];
+    if (weight != 0.0) { // the same for the whole warp
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn) {
-        load_pack<T, kAligned>(p, begin + turn * kWarp * kEntries, in.width, x[turn]);
-        load_pack<T, kAligned>(s, begin + turn * kWarp * kEntries, in.width, y[turn]);
-      }
-#pragma unroll
-      for (int turn = 0; turn < kTurns; ++turn) {
-#pragma unroll
-        for (int k = 0; k < kEntries; ++k) {
-          const Wide<T> d = widened(x[turn].at[k]) - widened(y[turn].at[k]);
-          x[turn].at[k] = d > bound ? T{} : store_as<T>(d * factor);
-        }
+        load_pack<T, kAligned>(p, begin + turn * kWarp * kEntries<T>, in.width, x[turn]);
+        load_pack<T, kAligned>(s, begin + turn * kWarp * kEntries<T>, in.width, y[turn]);
       }
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int64_t first = begin + turn * kWarp * kEntries;
-      if constexpr (kAligned) {
-        if (first < in.width) {
-          *reinterpret_cast<Pack<T>*>(to + first) = x[turn];
-        }
-      } else {
+      T slopes[kEntries<T>] = {};
+      if (weight != 0.0) {
 #pragma unroll
-        for (int k = 0; k < kEntries && first + k < in.width; ++k) {
-          to[first + k] = x[turn].at[k];
+        for (int k = 0; k < kEntries<T>; ++k) {
+          const Wide<T> d = entry<T>(x[turn], k) - entry<T>(y[turn], k);
+          slopes[k] = d > bound ? T{} : store_as<T>(d * factor);
         }
       }
+      store_pack<T, kAligned>(slopes, to, begin + turn * kWarp * kEntries<T>, in.width);
     }
   }
 }
@@ -202,8 +220,8 @@ int64_t blocks_of(int64_t tokens, int64_t width) {
 
 template <typename T>
 bool aligned(const ConsistencyInput& in, const void* out) {
-  const auto whole = [](const void* start) { return reinterpret_cast<uintptr_t>(start) % sizeof(Pack<T>) == 0; };
-  return in.width % Pack<T>::kEntries == 0 && whole(in.P) && whole(in.S) && whole(out);
+  const auto whole = [](const void* start) { return reinterpret_cast<uintptr_t>(start) % sizeof(Pack) == 0; };
+  return in.width % kEntries<T> == 0 && whole(in.P) && whole(in.S) && whole(out);
 }
 
 } // namespace

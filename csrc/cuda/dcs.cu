@@ -19,7 +19,7 @@ struct Sums {
   double w, ww;
 };
 
-// Sums of w = exp(-kappa d) and of its squares. Calls in turn use two scratch areas, so that one barrier each is enough.
+// Sums of w = exp(-kappa d) and of its squares. Calls in turn use two scratch areas, so one barrier each is enough.
 class Tilted {
  public:
   __device__ __forceinline__ Tilted(const double* d, int64_t n, Sums (*scratch)[kDcsWarps])

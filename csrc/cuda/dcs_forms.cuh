@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_form(
 // v[0..n) of the n <= 64 rows at y. All threads of the block take part; v may be read after the next barrier.
 template <typename T>
 __device__ void quadratic_rows(const T* y, int64_t n, int64_t R, const void* M, Float form, double* v) {
-  __shared__ FormBlock block;
+  __align__(16) __shared__ FormBlock block; // four neighbours are read at once
   __shared__ TurnedRows left, right;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   double total[2] = {};

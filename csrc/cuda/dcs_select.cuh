@@ -60,8 +60,8 @@ struct Ranked {
   int64_t below; // how many values are less
 };
 
-// The value of rank k, 0 <= k < n. Starts at the highest bit in which the values differ and stops as soon as one value is
-// left; `within` are their extremes. A block of 256 threads.
+// The value of rank k, 0 <= k < n. Starts at the highest bit in which the values differ and stops as soon as one value
+// is left; `within` are their extremes. A block of 256 threads.
 template <typename Value>
 __device__ Ranked ranked(const Value& value, int64_t n, int64_t k, Extremes within) {
   __shared__ unsigned counts[kDigits], warps[kDigits / kWarp];

@@ -202,7 +202,7 @@ __device__ __forceinline__ T elected(T total, T sizes, int votes) {
 }
 
 template <typename T, bool kDense, bool kElect>
-__global__ void __launch_bounds__(kThreads) merge_kernel(
+__global__ void __launch_bounds__(kThreads, 1) merge_kernel(
     const Sources sources, int count, EntryRule rule, int64_t t, int64_t n, int64_t tile_columns, Totals<T> totals,
     bool begins, bool ends) {
   __shared__ Factors shared;
@@ -293,7 +293,7 @@ using Counter = unsigned long long;
 
 // Zeros are many in sparse updates and would all meet in one counter: each thread counts its own.
 template <typename T, typename C, bool kDense>
-__global__ void __launch_bounds__(kThreads) counts_kernel(
+__global__ void __launch_bounds__(kThreads, 1) counts_kernel(
     const EntrySource source, const Digit digit, int64_t t, int64_t n, int64_t tile_columns, int64_t tiles,
     int64_t every, Counter* counts) {
   __shared__ Factors shared;

@@ -54,37 +54,37 @@ __global__ void __launch_bounds__(kThreads) pick_rank_kernel(
   }
 }
 
-template <typename T, typename To>
+// A matrix or a vector of float32 or float64.
+struct Source {
+  const void* data;
+  bool wide;
+};
+
+// U or Vh times the root of S, in their type: x[at] sqrt(s[k]).
+template <typename To>
+__device__ __forceinline__ To scaled(const Source& x, int64_t at, const void* s, int64_t k) {
+  if (x.wide) {
+    return store_as<To>(static_cast<const double*>(x.data)[at] * sqrt(static_cast<const double*>(s)[k]));
+  }
+  return store_as<To>(static_cast<const float*>(x.data)[at] * sqrtf(static_cast<const float*>(s)[k]));
+}
+
+template <typename To>
 __global__ void __launch_bounds__(kThreads) scale_write_kernel(
-    const T* U, int64_t u0, int64_t u1, const T* S, int64_t step, const T* Vh, int64_t v0, int64_t v1, int64_t m,
+    Source U, int64_t u0, int64_t u1, const void* S, int64_t step, Source Vh, int64_t v0, int64_t v1, int64_t m,
     int64_t n, int64_t rank, To* B, To* A) {
   const int64_t begin = blockIdx.x * int64_t{kThreads} * kTurns + threadIdx.x;
+#pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
     const int64_t at = begin + int64_t{turn} * kThreads;
     if (at < m * rank) {
       const int64_t row = at / rank, k = at % rank;
-      B[at] = store_as<To>(U[row * u0 + k * u1] * sqrt(S[k * step]));
+      B[at] = scaled<To>(U, row * u0 + k * u1, S, k * step);
     } else if (at < (m + n) * rank) {
       const int64_t rest = at - m * rank, k = rest / n, column = rest % n;
-      A[rest] = store_as<To>(Vh[k * v0 + column * v1] * sqrt(S[k * step]));
+      A[rest] = scaled<To>(Vh, k * v0 + column * v1, S, k * step);
     }
   }
-}
-
-template <typename T>
-int write_factors(
-    Float to, const Strided& U, const void* S, int64_t step, const Strided& Vh, int64_t m, int64_t n, int64_t rank,
-    void* B, void* A, cudaStream_t stream) {
-  const int64_t per_block = int64_t{kThreads} * kTurns, blocks = ((m + n) * rank + per_block - 1) / per_block;
-  return for_float(to, [&](auto zero) {
-    using To = decltype(zero);
-    const auto kernel = scale_write_kernel<T, To>;
-    LF_LAUNCH(
-        kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, static_cast<const T*>(U.data), U.row, U.column,
-        static_cast<const T*>(S), step, static_cast<const T*>(Vh.data), Vh.row, Vh.column, m, n, rank,
-        static_cast<To*>(B), static_cast<To*>(A));
-    return launched();
-  });
 }
 
 } // namespace
@@ -114,8 +114,16 @@ int scale_write(
   if ((m + n) * rank == 0) {
     return 0;
   }
-  return kind == Float::f32 ? write_factors<float>(to, U, S, step, Vh, m, n, rank, B, A, stream)
-                            : write_factors<double>(to, U, S, step, Vh, m, n, rank, B, A, stream);
+  const int64_t per_block = int64_t{kThreads} * kTurns, blocks = ((m + n) * rank + per_block - 1) / per_block;
+  const bool wide = kind == Float::f64;
+  return for_float(to, [&](auto zero) {
+    using To = decltype(zero);
+    LF_LAUNCH(
+        scale_write_kernel<To>, static_cast<unsigned>(blocks), kThreads, 0, stream, Source{U.data, wide}, U.row,
+        U.column, S, step, Source{Vh.data, wide}, Vh.row, Vh.column, m, n, rank, static_cast<To*>(B),
+        static_cast<To*>(A));
+    return launched();
+  });
 }
 
 } // namespace loraforge::cuda

@@ -7,8 +7,8 @@ namespace loraforge::cuda {
 
 constexpr int64_t kWidestGram = 1024; // a thread a column
 
-// Doubles of scratch that gram_factor needs: for triangles that do not fit into a block's `shared_limit` bytes of shared
-// memory (0 for what the device has).
+// Doubles of scratch that gram_factor needs: for triangles that do not fit into a block's `shared_limit` bytes of
+// shared memory (0 for what the device has).
 int64_t gram_factor_scratch(int64_t count, int64_t R, int64_t shared_limit);
 
 // triangle and solve (count, R, R), rank and condition (count,) of G (count, R, R), all contiguous; a pivot up to `cut`

@@ -29,7 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svd(const Tensor& C, int64_t sweeps) 
       "jacobi_svd",
       jacobi_svd(
           float_of(C), cores.const_data_ptr(), b, m, n, static_cast<int>(sweeps), 0, scratch.mutable_data_ptr<double>(),
-          U.mutable_data_ptr(), S.mutable_data_ptr(), Vh.mutable_data_ptr(), info.mutable_data_ptr<int>(), stream_of(C)));
+          U.mutable_data_ptr(), S.mutable_data_ptr(), Vh.mutable_data_ptr(), info.mutable_data_ptr<int>(),
+          stream_of(C)));
   return {U, S, Vh, info};
 }
 

@@ -7,7 +7,8 @@ A result (`--json`, `--out`) is one object; `schema` changes where a key changes
     size         "default" | "full" | "tiny"
     machine      machine, cores, threads, commit, date, python, torch, gpu (null without one), kernels
     device       "cpu" | "cuda:0"
-    clock        "processor" (seconds of this process, one thread) | "wall" | "events" (of the GPU)
+    clock        "processor" (seconds of this process, one thread) | "wall" | "events" (of the
+                 GPU; groups iteris and tokens of scale by the wall)
     ceilings     {bytes_per_second, flops_per_second: {float32, float64, bfloat16}}, measured in the same run; null
                  where no group needed them
     rows         one object a form of a case:
@@ -30,7 +31,7 @@ A result (`--json`, `--out`) is one object; `schema` changes where a key changes
     skipped      {group, case, form, reason}: forms that this machine has not
     failures     {group, case, form, error, allowed}: results that are wrong; the command then exits with 4
     comparison   with --compare: {file, rows, only_new, only_old, notes}; a row has seconds_old, seconds_new, ratio,
-                 spread, verdict ("slower" | "faster" | "same": within the measured spread | "unknown": too few timings)
+                 spread, verdict ("slower" | "faster" | "same": within 1.5 times both IQRs | "unknown": too few timings)
     seconds      wall time of the whole run
 """
 

@@ -30,7 +30,15 @@ class Jobs(Protocol):
 
 
 class Here:
-    """Runs jobs in this process: on a GPU the peak memory of a call is counted by itself, and a fork has no GPU."""
+    """Runs jobs in this process: on a GPU the peak memory of a call is counted by itself, and a fork has no GPU.
+
+    Args:
+        modules: Modules that the jobs need, loaded before the first.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        for name in modules:
+            importlib.import_module(name)
 
     def run(self, job: str, **arguments: Any) -> dict[str, Any]:
         """Calls `module:function` with the arguments."""
@@ -65,6 +73,8 @@ class Children:
         if kind is not None:
             self._nursery.terminate()
         self._nursery.wait()
+        if self._nursery.stdout is not None:
+            self._nursery.stdout.close()
 
     def run(self, job: str, **arguments: Any) -> dict[str, Any]:
         """Calls `module:function` with the arguments in a process of its own.
@@ -77,8 +87,8 @@ class Children:
             RuntimeError: The job failed; its traceback is in the message.
         """
         stdin, stdout = self._nursery.stdin, self._nursery.stdout
-        if stdin is None or stdout is None:
-            raise RuntimeError("the process of the jobs has no pipes")
+        if stdin is None or stdout is None or stdin.closed:
+            raise RuntimeError(f"the process that jobs are forked from was ended before {job}")
         try:
             stdin.write(json.dumps({"job": job, "arguments": arguments}) + "\n")
             stdin.flush()

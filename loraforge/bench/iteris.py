@@ -22,7 +22,7 @@ RUNS = {"default": 3, "full": 3, "tiny": 1}
 # Sizes as in iteris_problem.Problem, which needs transformers.
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 1, "width": 32, "rank": 2, "tasks": 2, "samples": 4, "tokens": 16, "solves": 5},
-    "default": {"layers": 2, "width": 128, "rank": 8, "tasks": 2, "samples": 24, "tokens": 32, "solves": 9},
+    "default": {"layers": 2, "width": 128, "rank": 8, "tasks": 2, "samples": 16, "tokens": 32, "solves": 9},
     "full": {"layers": 6, "width": 384, "rank": 8, "tasks": 3, "samples": 64, "tokens": 64, "solves": 10},
 }
 SIDES = ("document", "sweep", "iterate", "iteris-plus")

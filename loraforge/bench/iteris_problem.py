@@ -180,7 +180,7 @@ def _distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float
     """Largest relative Frobenius distance of a module."""
     if found.keys() != exact.keys():
         return float("inf")
-    return max(float((found[name].double() - right).norm() / right.norm()) for name, right in exact.items())
+    return max(float((found[name].to(right) - right).norm() / right.norm()) for name, right in exact.items())
 
 
 def _synchronize(device: torch.device) -> None:

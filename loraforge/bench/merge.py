@@ -28,7 +28,7 @@ from loraforge.linalg.sketch import low_rank
 from loraforge.merging.methods import find_method
 from loraforge.types import LayerInputs, LowRank, Merged
 
-BUDGET = {"default": 1.0, "full": 10.0, "tiny": 0.0}
+BUDGET = {"default": 0.6, "full": 10.0, "tiny": 0.0}
 # width of the square modules, how many, rank
 _SIZES = {"tiny": (48, 2, 4), "default": (768, 2, 16), "full": (2048, 4, 16)}
 _WEIGHTS = (0.5, 0.5)

@@ -72,7 +72,9 @@ def run_bench(
 
 def _numbered(device: torch.device) -> torch.device:
     """A GPU with its number, so that rows of two runs have one name."""
-    return torch.device("cuda", device.index or torch.cuda.current_device()) if device.type == "cuda" else device
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _result(names: list[str], session: Session) -> dict[str, Any]:

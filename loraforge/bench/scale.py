@@ -52,7 +52,7 @@ _SWEEP = {
     "default": {"layers": 1, "width": 128, "rank": 8, "tasks": 2, "tokens": 32, "solves": 1},
     "full": {"layers": 4, "width": 384, "rank": 8, "tasks": 3, "tokens": 64, "solves": 1},
 }
-_SAMPLES = {"tiny": (4, 8), "default": (16, 32, 64, 128), "full": (16, 32, 64, 128, 256)}
+_SAMPLES = {"tiny": (4, 8), "default": (8, 16, 32, 64), "full": (16, 32, 64, 128, 256)}
 _FLOAT32 = 1e-5  # factors in float32
 _HERE, _SWEEPS = "loraforge.bench.scale:merge_once", "loraforge.bench.iteris_problem:solve"
 

@@ -62,7 +62,7 @@ class Session:
     def jobs(self) -> Jobs:
         """What runs jobs: processes of their own on the CPU, this one on a GPU."""
         if self.device.type == "cuda":
-            return Here()
+            return Here(JOB_MODULES)
         self.tell("loading", "a process to measure in", 0, 1)
         return self._open.enter_context(Children(self.threads, JOB_MODULES))
 
@@ -121,10 +121,11 @@ class Session:
             del forms["native"]
             self.skip(group, case.name, self.device.type, reason)
         with compiled("native" in forms):
-            peaks = {name: self._allocated(name, form, work.before) for name, form in forms.items()}
             times = interleave(forms, self.clock, before=work.before, runs=self.runs, budget=budget)
-        exact = [t.detach() for t in work.exact()]
-        errors = {name: work.distance(work.numbers(found.result), exact) for name, found in times.items()}
+            exact = [t.detach() for t in work.exact()]
+            errors = {name: work.distance(work.numbers(found.result), exact) for name, found in times.items()}
+            # Last, when libraries have what they keep, and because a call may write over a result.
+            peaks = {name: self._allocated(name, form, work.before) for name, form in forms.items()}
         peer = work.compared_with
         for name, found in times.items():
             allowed = allowed_error(work, name, errors)
@@ -168,9 +169,9 @@ def missing_native(device: torch.device) -> str | None:
         return f"{backend.VARIABLE}=reference"
     if not backend.native_available():
         return f"loraforge._C is not built for this: {backend.BUILD_COMMAND}"
-    devices = backend.kernel_report()["build_info"].get("devices", ("cpu",))
+    devices = backend.native_devices()
     if device.type not in devices:
-        return f"loraforge._C was built for {', '.join(devices)}"
+        return f"loraforge._C was built for {', '.join(sorted(devices))}"
     return None
 
 

@@ -123,7 +123,7 @@ def interleave(
         clock: How to measure.
         before: Gets the name before every call, outside of the time; a timing is then a single call.
         runs: Timings a form; None for as many as fit in `budget`, FEWEST to MOST.
-        budget: Seconds that all timings together should take.
+        budget: Seconds by the wall that all timings together should take, on a busy machine too.
     """
     prepare = before or _nothing
     guess: dict[str, float] = {}
@@ -133,19 +133,24 @@ def interleave(
                 prepare(name)
                 guess[name] = clock.time(form)[0]
     calls = {name: 1 if before else clock.calls(seconds) for name, seconds in guess.items()}
-    if runs is None:
-        round_ = sum(calls[name] * guess[name] for name in forms)
-        runs = min(MOST, max(FEWEST, int(budget / max(round_, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     results: dict[str, Any] = {}
+    started = time.perf_counter()
     with no_collection():
-        for _ in range(runs):
+        while _goes_on(len(next(iter(seconds.values()))), runs, started + budget):
             for name, form in forms.items():
                 prepare(name)
                 results.pop(name, None)  # what is kept must not make the next call's memory
                 taken, results[name] = clock.time(form, calls[name])
                 seconds[name].append(taken)
     return {name: Times(seconds[name], results[name]) for name in forms}
+
+
+def _goes_on(done: int, runs: int | None, until: float) -> bool:
+    """Whether another round is due."""
+    if runs is not None:
+        return done < runs
+    return done < FEWEST or (done < MOST and time.perf_counter() < until)
 
 
 def _nothing(_name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from loraforge.errors import LoraforgeError
 
 SCHEMA = 1
+FENCE = 1.5  # of an interquartile range, as far as Tukey lets whiskers go
 FEWEST = 3  # timings below which a spread says nothing
 _NAMES = ("group", "case", "form", "device")
 _FIGURES = ("seconds", "iqr", "runs")
@@ -52,8 +53,8 @@ def _is_row(row: object) -> bool:
 def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
     """Ratios new / old of the rows that both have.
 
-    A change counts if the medians lie further apart than the sum of both interquartile ranges; with fewer than `FEWEST`
-    timings on a side nothing is known of the spread.
+    A change counts if the medians lie further apart than `FENCE` times the sum of both interquartile ranges; with fewer
+    than `FEWEST` timings on a side nothing is known of the spread.
 
     Returns:
         `rows` in the order of the new result, `only_new` and `only_old` (names of rows), `notes` on what makes the two
@@ -65,7 +66,7 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
         past = before.get(_key(row))
         if past is None or past["seconds"] <= 0.0:
             continue
-        change, spread = row["seconds"] - past["seconds"], row["iqr"] + past["iqr"]
+        change, spread = row["seconds"] - past["seconds"], FENCE * (row["iqr"] + past["iqr"])
         verdict = "same" if abs(change) <= spread else "slower" if change > 0.0 else "faster"
         if min(row["runs"], past["runs"]) < FEWEST:
             verdict = "unknown"

@@ -209,7 +209,24 @@ def _check_weights(model: nn.Module, modules: Mapping[str, nn.Module], missing: 
 
 
 def _frozen(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    """The model in a dtype on a device, without a loss of precision in the tables that it computes for itself.
+
+    Rotary frequencies in bfloat16 would be off by half a radian at position 256. Such tables are buffers that are not
+    saved. A model whose weights have the dtype already knows what it keeps wider; where weights are narrowed here, the
+    one-dimensional ones stay (what is made of them is widened and narrowed by the model), and larger ones follow.
+    """
+    there = all(p.dtype == dtype for p in model.parameters())
+    wide = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and buffer.is_floating_point() and (there or buffer.ndim == 1)
+    ]
+    model = model.to(device=device, dtype=dtype)
+    for module, name, buffer in wide:
+        if buffer.dtype.itemsize > dtype.itemsize:
+            setattr(module, name, buffer.to(device))
+    return model.eval().requires_grad_(False)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ differ (modules shared across depth), `iterate` goes on with ordinary iterations
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -278,7 +279,7 @@ class Engine:
     def _probed(self, name: str, visits: list[Visit]) -> list[Tensor]:
         """Per batch (t,) the merged inputs along one direction, in float32 at least: bfloat16 would hide a change."""
         rows = (Xm if Xm.dtype == torch.float64 else Xm.float() for _, Xm in self._features.pack(name, visits))
-        return [Xm @ _probe(Xm) for Xm in rows]
+        return [Xm @ _probe(Xm.shape[1], Xm.dtype, Xm.device) for Xm in rows]
 
     def _install(self, name: str, image: _Image) -> None:
         self._installed[name] = image
@@ -307,10 +308,10 @@ class Engine:
             self.progress(stage, detail, done, len(self.modules))
 
 
-def _probe(X: Tensor) -> Tensor:
+@functools.lru_cache(maxsize=16)
+def _probe(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(d,) fixed direction; two inputs that agree along it are taken for equal."""
-    d = X.shape[1]
-    return torch.cos(torch.arange(d, dtype=torch.float64) * 0.7390851 + 0.1).to(X.dtype).to(X.device)
+    return torch.cos(torch.arange(d, dtype=torch.float64) * 0.7390851 + 0.1).to(dtype).to(device)
 
 
 def _distance(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:

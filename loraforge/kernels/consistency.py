@@ -8,9 +8,10 @@ m (...) weighs tokens (1 and 0 for a mask), and d = P - S. A rule says which ent
 
     sum = sum_tokens m sum_h D,  D = d^2 where not kept        d sum / d P = 2 m d where not kept, 0 elsewhere
 
-Differences are taken in float32 (float64 for float64 inputs) and summed in float64 in an order that depends on sizes
-alone. Tokens of weight 0 are never looked at and may hold NaN; a NaN elsewhere is never kept, so it shows. P and S are
-all that is saved for the backward pass, which takes the differences again.
+Differences are taken in float32 (float64 for float64 inputs) against a threshold of the same type, and their squares
+are summed in float64 in an order that depends on sizes alone. Tokens of weight 0 are never looked at and may hold NaN;
+a NaN elsewhere is never kept, so it shows. P and S are all that is saved for the backward pass, which takes the
+differences again.
 """
 
 from __future__ import annotations
@@ -89,11 +90,20 @@ def consistency_backward_reference(
     return out
 
 
-def _check(op: str, P: Tensor, S: Tensor, mask: Tensor | None, rule: str, threshold: float) -> None:
+def _check(
+    op: str, P: Tensor, S: Tensor, mask: Tensor | None, rule: str, threshold: float, unit: Tensor | None
+) -> None:
     require(op, "P", P, ("T", "H"), FLOATS)
     require(op, "S", S, tuple(P.shape), (P.dtype,))
     if mask is not None:
         require(op, "mask", mask, (P.shape[0],), _WEIGHTS)
+    if unit is not None:
+        require(op, "unit", unit, (), (torch.float64,))
+    for name, t in (("S", S), ("mask", mask), ("unit", unit)):
+        if t is not None and t.device != P.device:
+            raise LoraforgeError(
+                f"{op}: tensor {name} is on another device", where=name, got=t.device, expected=f"{P.device}, as P"
+            )
     if rule not in RULES:
         raise UsageError(f"{op}: unknown rule", where="rule", got=repr(rule), hint=did_you_mean(rule, RULES))
     require_number(op, "threshold", threshold, 0.0, sys.float_info.max, "a finite number, at least 0")
@@ -131,7 +141,7 @@ def consistency_forward(
         UsageError: The rule is unknown.
         LoraforgeError: A shape, dtype or number does not fit.
     """
-    _check("consistency_forward", P, S, mask, rule, threshold)
+    _check("consistency_forward", P, S, mask, rule, threshold, unit)
     if _native("consistency_forward", P, S, mask, unit):
         return torch.ops.loraforge.consistency_forward(P, S, mask, RULES.index(rule), threshold, unit)
     return consistency_forward_reference(P, S, mask, rule, threshold, unit)
@@ -148,7 +158,7 @@ def consistency_backward(
     unit: Tensor | None = None,
 ) -> Tensor:
     """Gradient of `consistency_forward` for P, (T, H) in its dtype, times `grad`, () float64. Raises as it does."""
-    _check("consistency_backward", P, S, mask, rule, threshold)
+    _check("consistency_backward", P, S, mask, rule, threshold, unit)
     require("consistency_backward", "grad", grad, (), (torch.float64,))
     if _native("consistency_backward", grad, P, S, mask, unit):
         return torch.ops.loraforge.consistency_backward(grad, P, S, mask, RULES.index(rule), threshold, unit)

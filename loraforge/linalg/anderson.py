@@ -151,7 +151,7 @@ class AndersonMixer:
         weights[live], weights[known.newest] = -gamma, 1.0
         mixed, images = torch.empty_like(known.images[0]), known.images[: known.filled]
         # G_j = W_j + R_j stands in the ring ready made: given twice with beta 0, memory is read once.
-        anderson_mix(images, images, weights.to(image.device), 0.0, mixed)
+        anderson_mix(images, images, weights.to(image.device, non_blocking=True), 0.0, mixed)
         return mixed
 
     def _measure(self, rings: _Rings, row: int) -> float | None:

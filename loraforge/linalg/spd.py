@@ -58,27 +58,31 @@ def factor_spd(matrix: Tensor, where: str) -> Factor:
     Raises:
         LoraforgeError: A NaN or Inf in the matrix; names `where`.
     """
-    if not math.isfinite(float(matrix.sum())):  # a NaN or Inf anywhere shows in the sum
+    L, code = _cholesky(matrix)
+    d = L.diagonal()
+    # All that has to be known, in one wait for the device. A NaN or Inf anywhere shows in the sum.
+    facts = torch.stack([matrix.sum(), matrix.diagonal().mean(), code.to(matrix.dtype), d.max(), d.min()])
+    total, scale, failed, largest, least = facts.tolist()
+    if not math.isfinite(total):
         raise LoraforgeError(
             "the Gram matrix of a module has NaN or Inf",
             where=where,
             hint="check the calibration data and the base model's forward; try --set base_dtype=float32",
         )
-    scale = float(matrix.diagonal().mean())
     if scale <= 0.0:
         # No feature ever fired: the regulariser is zero too, so any solution fits; the identity gives zero.
         eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
         return Factor(eye, SolveInfo("eigh", 0.0, 1.0))
-    for jitter in (0.0, *_JITTERS):
-        shifted = matrix
-        if jitter:
-            shifted = matrix.clone()
-            shifted.diagonal().add_(jitter * scale)
-        L = _cholesky(shifted)
-        if L is not None:
-            d = L.diagonal()
-            condition = float((d.max() / d.min()) ** 2)
-            return Factor(L, SolveInfo("cholesky+jitter" if jitter else "cholesky", jitter, condition))
+    if not failed:
+        return Factor(L, SolveInfo("cholesky", 0.0, (largest / least) ** 2))
+    del L, d
+    for jitter in _JITTERS:
+        shifted = matrix.clone()
+        shifted.diagonal().add_(jitter * scale)
+        L, code = _cholesky(shifted)
+        failed, largest, least = torch.stack([code.to(L.dtype), L.diagonal().max(), L.diagonal().min()]).tolist()
+        if not failed:
+            return Factor(L, SolveInfo("cholesky+jitter", jitter, (largest / least) ** 2))
     values, vectors = torch.linalg.eigh(matrix)
     clamped = values.clamp_min(_JITTERS[-1] * scale)
     # V diag(clamped) V^T = (V diag(sqrt)) (...)^T; its QR gives a lower factor with the same product.
@@ -87,23 +91,22 @@ def factor_spd(matrix: Tensor, where: str) -> Factor:
     return Factor(L, SolveInfo("eigh", _JITTERS[-1], float(clamped.max() / clamped.min())))
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower Cholesky factor, or None where there is none.
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky factor, and LAPACK's code: 0 where it is one.
 
     On the CPU in panels of matrix products and triangular solves: LAPACK's own takes 1.4 times as long on one core.
     """
     d = matrix.shape[0]
     if matrix.device.type != "cpu" or d <= _PANEL:
-        L, code = torch.linalg.cholesky_ex(matrix)
-        return L if int(code) == 0 else None
+        return torch.linalg.cholesky_ex(matrix)
     L = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
     for at in range(0, d, _PANEL):
         end = min(at + _PANEL, d)
         done = L[at:end, :at]
         corner, code = torch.linalg.cholesky_ex(torch.addmm(matrix[at:end, at:end], done, done.mT, alpha=-1))
         if int(code) != 0:
-            return None
+            break
         L[at:end, at:end] = corner
         below = torch.addmm(matrix[end:, at:end], L[end:, :at], done.mT, alpha=-1)
         L[end:, at:end] = torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False)
-    return L
+    return L, code

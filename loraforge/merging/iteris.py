@@ -78,8 +78,9 @@ def solve_layer(
     report["rho"] = choices[1] if params.reg_ceof == "auto" else params.reg_ceof
     report |= {"solver": factor.info.solver, "jitter": factor.info.jitter, "condition": factor.info.condition}
     with part("residual"):
-        report["residual_before"] = _residual(stats, *_mean_factors(stats))
-        report["residual_after"] = _residual(stats, None if left is None else left[0], coordinates)
+        before = _gained(stats, *_mean_factors(stats))
+        after = _gained(stats, None if left is None else left[0], coordinates)
+        report |= _residuals(stats.energy, *torch.stack([before, after]).tolist())
     return LayerSolution(coordinates, factor.L, left, choices, report)
 
 
@@ -195,10 +196,10 @@ def _choose(stats: LayerStats, params: IterisParams, report: dict[str, object]) 
     search = Search(_sketch(stats), params)
 
     def objective(row: int, column: int) -> float:
-        return sum(search.held_out(k, (alphas[row], rhos[column])) for k in used)
+        return float(torch.stack([search.held_out(k, (alphas[row], rhos[column])) for k in used]).sum())
 
     (row, column), seen = descend_grid(objective, len(alphas), len(rhos), start)
-    reference = -sum(search.of_mean(k) for k in used)
+    reference = -float(torch.stack([search.of_mean(k) for k in used]).sum())
     gain = -seen[row, column] - reference
     report["heldout_gain"] = gain / abs(reference) if reference else 0.0
     return alphas[row], rhos[column]
@@ -220,8 +221,8 @@ class Search:
         self._base = [BaseProducts.of(stats.base_weight, fold) for fold in stats.folds]
         self._mixed: dict[int, tuple[float, Tensor]] = {}
 
-    def held_out(self, fold: int, choices: Choices) -> float:
-        """The objective on a fold of the solution on the others."""
+    def held_out(self, fold: int, choices: Choices) -> Tensor:
+        """The objective on a fold of the solution on the others, a number."""
         alpha, rho = choices
         rest = [k for k in range(len(self._stats.folds)) if k != fold]
         folds = [self._stats.folds[k] for k in rest]
@@ -240,7 +241,7 @@ class Search:
         diagonal.copy_(kept)
         return self._on(fold, state)
 
-    def of_mean(self, fold: int) -> float:
+    def of_mean(self, fold: int) -> Tensor:
         """The objective on a fold of the mean of the adapters."""
         return self._on(fold, _mean_of_adapters(self._stats))
 
@@ -253,10 +254,10 @@ class Search:
             self._mixed[fold] = (rho or 0.0, mixed_gram(folds, rho))
         return self._mixed[fold][1]
 
-    def _on(self, fold: int, state: Tensor) -> float:
+    def _on(self, fold: int, state: Tensor) -> Tensor:
         sums, base = self._stats.folds[fold], self._base[fold]
         target = sums.target if base is None else sums.target + base.lag(0.0)
-        return float((state * (state @ sums.gram - 2.0 * target)).sum())
+        return (state * (state @ sums.gram - 2.0 * target)).sum()
 
 
 def _sketch(stats: LayerStats) -> LayerStats:
@@ -294,23 +295,27 @@ def _mean_of_adapters(stats: LayerStats) -> Tensor:
     return outputs @ rows
 
 
-def _residual(stats: LayerStats, left: Tensor | None, rows: Tensor) -> float | None:
-    """Share of the task models' output energy at this module that a delta misses; None without any energy.
+def _gained(stats: LayerStats, left: Tensor | None, rows: Tensor) -> Tensor:
+    """tr(S G S^T) - 2 tr(S T^T), a number: the objective of a delta S = left @ rows less that of no delta.
 
     Args:
         stats: The module's sums.
-        left: (p, q), or None for the identity: the delta is left @ rows.
-        rows: (q, d).
+        left: (p, q), or None for the identity.
+        rows: (q, d); only these meet the sums.
     """
-    if stats.energy <= 0:
-        return None
-    # Only q rows meet the sums: tr(S G S^T) - 2 tr(S T^T) with S = left @ rows.
     weighted = rows if left is None else (left.mT @ left) @ rows
     outputs = stats.folds[0].outputs if left is None else left.mT @ stats.folds[0].outputs
     base = stats.base_weight if left is None or stats.base_weight is None else left.mT @ stats.base_weight
-    missed = stats.energy
+    total = torch.zeros((), dtype=rows.dtype, device=rows.device)
     for fold in stats.folds:
-        missed += float((weighted * (rows @ fold.gram)).sum()) - 2.0 * float((rows * (outputs @ fold.features)).sum())
+        total += (weighted * (rows @ fold.gram)).sum() - 2.0 * (rows * (outputs @ fold.features)).sum()
         if base is not None and fold.cross is not None:
-            missed -= 2.0 * float((rows * (base @ fold.cross - base @ fold.gram)).sum())
-    return missed / stats.energy
+            total -= 2.0 * (rows * (base @ fold.cross - base @ fold.gram)).sum()
+    return total
+
+
+def _residuals(energy: float, before: float, after: float) -> dict[str, float | None]:
+    """Shares of the task models' output energy at a module that a delta misses; None without any energy."""
+    if energy <= 0:
+        return {"residual_before": None, "residual_after": None}
+    return {"residual_before": (energy + before) / energy, "residual_after": (energy + after) / energy}

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraforge.report.plots import COLOURS, GRID, INK, figure, save_png
+from loraforge.report.plots import COLOURS, GRID, INK, WIDTH, figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,8 +24,10 @@ _TITLES = {
     "iteris": "Calibrated merge: times faster than the document's loop",
     "scale": "Seconds against size (exponent)",
 }
-_BAR = 0.3  # inches of a case
+_BAR = 0.23  # inches of a case
 _SCALE = 4.6  # inches of the panel of lines
+_WIDE = 16.0  # inches of two columns
+_THICKEST = 0.6
 
 
 def save_bench_picture(path: Path, result: Row) -> Path:
@@ -35,15 +37,19 @@ def save_bench_picture(path: Path, result: Row) -> Path:
 
 @contextmanager
 def bench_chart(result: Row) -> Iterator[Figure]:
-    """A panel a group: bars of speed-ups on a logarithmic axis, lines for `scale`."""
+    """A panel a group: bars of speed-ups on a logarithmic axis, lines for `scale`; the operators beside the rest."""
     groups = [group for group in result["groups"] if any(row["group"] == group for row in result["rows"])]
     speedups = {group: _speedups(result, group) for group in groups if group != "scale"}
-    heights = [_SCALE if group == "scale" else 1.1 + _BAR * max(1, len(speedups[group])) for group in groups]
-    with figure(sum(heights) + 0.5, rows=max(1, len(groups)), squeeze=False, height_ratios=heights or [1]) as (
-        drawn,
-        panels,
-    ):
-        for group, axes in zip(groups, panels[:, 0], strict=True):
+    heights = {group: _SCALE if group == "scale" else 1.2 + _BAR * max(2, len(speedups[group])) for group in groups}
+    beside = [group for group in groups if group != "kernels"] if "kernels" in groups else []
+    height = max(heights["kernels"], sum(heights[group] for group in beside)) if beside else sum(heights.values())
+    with figure(height + 0.5) as (drawn, first):
+        first.remove()
+        drawn.set_size_inches(_WIDE if beside else WIDTH, height + 0.5)
+        mosaic = [["kernels", group] for group in beside] if beside else [[group] for group in groups]
+        panels = drawn.subplot_mosaic(mosaic, height_ratios=[heights[row[-1]] for row in mosaic])
+        for group in groups:
+            axes = panels[group]
             axes.set_title(_TITLES[group], fontweight="bold")
             if group == "scale":
                 _draw_lines(axes, result)
@@ -52,8 +58,8 @@ def bench_chart(result: Row) -> Iterator[Figure]:
         machine = result["machine"]
         where = machine["gpu"] if str(result["device"]).startswith("cuda") else machine["machine"]
         drawn.suptitle(
-            f"{where}, {machine['threads']} thread(s), torch {machine['torch']}, commit {machine['commit']}, "
-            f"{machine['date']}",
+            f"{where}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}, torch {machine['torch']}, "
+            f"commit {machine['commit']}, {machine['date']}",
             fontsize=10, x=0.01, ha="left",
         )  # fmt: skip
         yield drawn
@@ -82,22 +88,25 @@ def _draw_bars(axes: Axes, cases: Sequence[tuple[str, dict[str, float]]]) -> Non
         axes.text(0.5, 0.5, "no compiled form was measured", ha="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
-    # PEFT and the document have the colour of what they are in every panel.
-    thick = 0.8 / len(peers)
-    for place, peer in enumerate(peers):
-        known = [(at, times[peer]) for at, (_, times) in enumerate(cases) if peer in times]
-        middles = [at - 0.4 + (place + 0.5) * thick for at, _ in known]
-        values = [value for _, value in known]
-        colour = COLOURS[_PEERS.index(peer)]
-        axes.barh(middles, [v - 1.0 for v in values], 0.9 * thick, left=1.0, color=colour, label=f"over {peer}")
+    # A peer has one colour in all panels.
+    drawn: dict[str, tuple[list[float], list[float], list[float]]] = {peer: ([], [], []) for peer in peers}
+    for at, (_, times) in enumerate(cases):
+        for place, (peer, value) in enumerate(times.items()):
+            for values, found in zip(
+                drawn[peer], (at - 0.4 + 0.8 * (place + 0.5) / len(times), value, 0.8 / len(times)), strict=True
+            ):
+                values.append(found)
+    for peer, (middles, values, thick) in drawn.items():
+        lengths, bars = [value - 1.0 for value in values], [min(0.9 * t, _THICKEST) for t in thick]
+        axes.barh(middles, lengths, bars, left=1.0, color=COLOURS[_PEERS.index(peer)], label=f"over {peer}")
         for middle, value in zip(middles, values, strict=True):
             axes.annotate(
-                f"{value:.3g}x", (value, middle), xytext=(4 if value >= 1.0 else -4, 0), textcoords="offset points",
-                va="center", ha="left" if value >= 1.0 else "right", fontsize=7.5,
+                f"{value:.3g}x", (max(value, 1.0), middle), xytext=(4, 0), textcoords="offset points", va="center",
+                fontsize=7.5, fontweight="bold" if value < 1.0 else "normal",
             )  # fmt: skip
     _log(axes, "x")
     low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.3, high * 1.5)
+    axes.set_xlim(low, high * 1.3)
     axes.axvline(1.0, color=INK, linewidth=1.2)
     axes.set_yticks(range(len(cases)), [name for name, _ in cases], fontsize=8.5)
     axes.set_ylim(len(cases) - 0.45, -0.55)
@@ -126,14 +135,17 @@ def _draw_lines(axes: Axes, result: Row) -> None:
     _log(axes, "y")
     axes.set(xlabel="adapters, rank, width, modules or tokens", ylabel="seconds")
     axes.grid()
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+    axes.legend(loc="upper left", fontsize=8.5, frameon=True, edgecolor=GRID)
 
 
 def _log(axes: Axes, side: str) -> None:
     """A logarithmic axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     getattr(axes, f"set_{side}scale")("log")
     axis = getattr(axes, f"{side}axis")
+    low, high = axes.get_xlim() if side == "x" else axes.get_ylim()
+    if high < 100.0 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

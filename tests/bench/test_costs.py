@@ -15,12 +15,9 @@ from loraforge.bench.operators import kernel_cases
 
 def operators() -> set[str]:
     """The public functions of `loraforge.kernels` that compute: all but those of `backend`."""
-    return {
-        name
-        for name in kernels.__all__
-        if inspect.isfunction(getattr(kernels, name))
-        and getattr(kernels, name).__module__ != "loraforge.kernels.backend"
-    }
+    public = {name: getattr(kernels, name) for name in kernels.__all__}
+    backend = "loraforge.kernels.backend"
+    return {name for name, value in public.items() if inspect.isfunction(value) and value.__module__ != backend}
 
 
 @pytest.mark.parametrize("size", ["tiny", "default", "full"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraforge.bench import iteris, scale
+from loraforge.bench import iteris, run, scale
 from loraforge.bench.children import Children, Here
 from loraforge.bench.groups import GROUPS, check_groups
 from loraforge.bench.machine import commit, describe
@@ -56,10 +56,12 @@ def test_a_result_is_json_with_the_documented_keys(result: dict[str, Any]) -> No
     assert set(result["machine"]["kernels"]) == {"mode", "native", "why", "build_info", "capabilities"}
 
 
-def test_the_number_of_threads_is_set_back() -> None:
-    before = torch.get_num_threads()
-    run_bench(["kernels"], size="tiny", runs=1, threads=before + 1)
-    assert torch.get_num_threads() == before
+def test_the_number_of_threads_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(run, "measurer", lambda name: lambda session: seen.append((name, torch.get_num_threads())))
+    found = run_bench(["kernels"], threads=before + 1)
+    assert seen == [("kernels", before + 1)] and torch.get_num_threads() == before
+    assert found["clock"] == "wall" and found["ceilings"] is None and found["machine"]["threads"] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -110,19 +112,12 @@ def test_scale_measures_every_point_and_fits_every_axis(monkeypatch: pytest.Monk
     assert compared["peer"] == "torch" and compared["speedup"] > 0.0
 
 
-def test_scale_names_a_merge_that_misses_the_best_approximation(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = scale_session(monkeypatch)
-    monkeypatch.setitem(scale._SAMPLES, "tiny", ())
-    whole = scale.truncate_many
-    monkeypatch.setattr(scale, "truncate_many", lambda sums, rule: whole(sums, scale.RankRule(rank=rule.rank - 1)))
-    monkeypatch.setattr(
-        scale, "_excess", lambda found, pairs, weights, exact=scale._excess: exact(found, pairs, weights)
-    )
-    found = scale.merge_once("loraforge", {"adapters": 2, "rank": 4, "width": 32, "modules": 1}, "cpu", 1, True)
-    assert found["error"] < 1e-6  # rank 3, as good as rank 3 can be
-    damaged = scale.make_adapters(32, 1, 4, 2, CPU)
-    pairs = scale.pairs_of(damaged)["module0"]
-    assert scale._excess(pairs[0], pairs, [0.5, 0.5]) > 0.1  # one adapter in place of the merge
+def test_a_merge_that_misses_the_best_approximation_is_seen() -> None:
+    adapters = scale.make_adapters(32, 1, 4, 2, CPU)
+    pairs, weights = scale.pairs_of(adapters)["module0"], [0.5, 0.5]
+    (best,) = scale._merge("loraforge", adapters, weights, 4)()
+    assert scale._excess(best, pairs, weights) < 1e-6
+    assert scale._excess(pairs[0], pairs, weights) > 0.1  # one adapter in place of the merge
 
 
 def test_the_sides_of_the_calibrated_merge_end_at_one_solution(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +150,7 @@ def test_how_a_side_is_judged(side: str, error: float | None, objective: float, 
 
 
 def test_jobs_run_in_processes_of_their_own() -> None:
-    with Children(1, []) as children:
+    with Children(1, ["tests.bench.jobs"]) as children:
         one, two = children.run("tests.bench.jobs:pid"), children.run("tests.bench.jobs:pid")
         assert one["pid"] != two["pid"] and one["threads"] == 1
         assert children.run("tests.bench.jobs:grow", mebi=64)["peak"] >= 60 * 2**20

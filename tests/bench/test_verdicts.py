@@ -29,11 +29,11 @@ def result(*rows: dict[str, Any], **machine: Any) -> dict[str, Any]:
 
 def test_a_verdict_needs_a_change_beyond_both_spreads() -> None:
     old = result(row("a", 1.0, 0.1), row("b", 1.0, 0.1), row("c", 1.0, 0.1), row("d", 1.0, 0.0, runs=2))
-    new = result(row("a", 1.25, 0.1), row("b", 1.15, 0.1), row("c", 0.7, 0.1), row("d", 9.0, 0.0))
+    new = result(row("a", 1.375, 0.1), row("b", 1.25, 0.1), row("c", 0.6, 0.1), row("d", 9.0, 0.0))
     found = compare(new, old)
     assert [r["verdict"] for r in found["rows"]] == ["slower", "same", "faster", "unknown"]
-    assert found["rows"][0]["ratio"] == pytest.approx(1.25) and found["rows"][0]["spread"] == pytest.approx(0.2)
-    assert [r["form"] for r in too_slow(found, 1.2)] == ["a"] and too_slow(found, 1.3) == []
+    assert found["rows"][0]["ratio"] == pytest.approx(1.375) and found["rows"][0]["spread"] == pytest.approx(0.3)
+    assert [r["form"] for r in too_slow(found, 1.3)] == ["a"] and too_slow(found, 1.4) == []
 
 
 def test_what_only_one_side_has_and_what_differs_is_told() -> None:

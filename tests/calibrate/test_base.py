@@ -39,6 +39,26 @@ def test_a_folder_is_loaded_frozen_and_quietly(bert_folder, capfd) -> None:
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16])
+def test_rotary_frequencies_keep_their_precision(made_in: torch.dtype) -> None:
+    """In bfloat16 they are off by up to 2^-9 of themselves: half a radian at position 256."""
+    config = tf.LlamaConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12
+    )
+    torch.manual_seed(0)
+    given = tf.LlamaForCausalLM(config)
+    want = given.model.rotary_emb.inv_freq.clone()
+    if made_in != torch.float32:
+        given.model.embed_tokens.to(made_in), given.model.layers.to(made_in)
+        given.model.norm.to(made_in), given.lm_head.to(made_in)
+    model, _ = load_base(given, dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, want) and want.dtype == torch.float32
+    assert torch.isfinite(model(torch.arange(12)[None]).logits).all()
+    wider, _ = load_base(given, dtype="float64")
+    assert wider.model.rotary_emb.inv_freq.dtype == torch.float64
+
+
 def test_the_task_types_class_is_the_second_guess(tmp_path) -> None:
     tf.BertForSequenceClassification(BERT).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -252,3 +252,16 @@ def test_a_carrier_that_was_never_resumed_stops_without_running(carrier: type) -
     fresh.stop()
     fresh.stop()
     assert fresh.done and ran == []
+
+
+def test_what_follows_the_last_stop_is_left_out() -> None:
+    """With the number of stops known, the model's head never runs; hooks and carriers are gone all the same."""
+    net = Net()
+    walk, _ = walk_of(net)
+    met: list[str] = []
+    with nothing_left(net):
+        walk.run(inputs(3), lambda name, visits: met.append(name), stops=2)
+    assert met == ["first", "second"] and net.seen == [], "no forward came to its end"
+    walk, _ = walk_of(net)
+    walk.run(inputs(3), ignore)
+    assert len(net.seen) == 6

@@ -30,7 +30,7 @@ def loaded(arguments: list[str], **environment: str) -> set[str]:
     return set(modules)
 
 
-COMMANDS = ("merge", "methods", "inspect", "resize", "convert", "collect-stats", "doctor", "demo")
+COMMANDS = ("merge", "methods", "inspect", "resize", "convert", "collect-stats", "doctor", "demo", "bench")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

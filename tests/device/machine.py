@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -82,6 +83,19 @@ def _missed(*_: Any) -> None:
     raise AssertionError("a call reached the driver of the GPU past the pretended one")
 
 
+class _Event:
+    """A mark in the queue of work: setting it and reading the time between two of them waits for nobody."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
+
+    def record(self, stream: object = None) -> None:
+        self._at = time.perf_counter()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._at - self._at) * 1e3
+
+
 def _driver(gpu: Pretend) -> dict[str, Any]:
     """What is asked of torch.cuda."""
     properties = SimpleNamespace(
@@ -94,6 +108,8 @@ def _driver(gpu: Pretend) -> dict[str, Any]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "synchronize": lambda device=None: gpu.waited("synchronize"),
+        "Event": _Event,
+        "current_stream": lambda device=None: None,
         "empty_cache": lambda: None,
         "ipc_collect": lambda: None,
         "get_device_name": lambda device=None: properties.name,

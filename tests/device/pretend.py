@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 
-from tests.device.refusals import check, tensors_in
+from tests.device.refusals import check, gives_written, tensors_in, written_in
 from tests.device.sites import call_site
 
 CUDA = torch.device("cuda:0")
@@ -154,8 +154,9 @@ class Pretend:
 
     def waited(self, what: str) -> None:
         """Counts a wait of the host."""
+        site = call_site()
         with self._lock:
-            self.waits[what, call_site()] += 1
+            self.waits[what, site] += 1
 
     def upload(self, tensor: Tensor) -> DeviceTensor:
         """A copy of a CPU tensor on the device, laid out as it is."""
@@ -181,11 +182,12 @@ class Pretend:
         name = func._overloadpacket.__name__
         asked = kwargs.get("device")
         to_device = asked is not None and torch.device(asked).type == "cuda"
-        check(func, args, kwargs, is_near, CUDA)
-        near = [t for t in tensors_in((args, kwargs)) if is_near(t)]
+        tensors = tensors_in((args, kwargs))
+        check(func, args, kwargs, is_near, CUDA, tensors)
+        near = [t for t in tensors if is_near(t)]
         if not near and not to_device:
-            if not (func.is_view or name in SILENT):
-                self._note_host(name, args, kwargs)
+            if tensors and not (func.is_view or name in SILENT):
+                self._note_host(name, tensors)
             return func(*args, **kwargs)
         if name in RESIZING:
             raise NotImplementedError(f"the pretended GPU has no {func}")
@@ -203,23 +205,19 @@ class Pretend:
 
     def _returned(self, func: Any, args: Any, kwargs: Any, found: Any, known: dict[int, Block]) -> Any:
         """The result with the very tensors that were written into where the schema says so."""
-        written = []
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                written.append(args[place] if place < len(args) else kwargs.get(argument.name))
+        written = written_in(func, args, kwargs)
         if torch.Tag.inplace_view in func.tags:
             _reshape(func, args, kwargs)
         for tensor in tensors_in(written):
             if is_near(tensor) and tensor.shape != tensor.host.shape:
                 raise NotImplementedError(f"{func} resized its output, which the pretended GPU cannot")
-        returns = func._schema.returns
-        if written and returns and all(r.alias_info is not None and r.alias_info.is_write for r in returns):
+        if written and gives_written(func):
             real = [w for w in written if w is not None]
-            return real[0] if len(returns) == 1 else tuple(real)
+            return real[0] if len(func._schema.returns) == 1 else tuple(real)
         return self.wrap(found, known)
 
-    def _note_host(self, name: str, args: Any, kwargs: Any) -> None:
-        sizes = [t.numel() for t in tensors_in((args, kwargs)) if t.device.type == "cpu"]
+    def _note_host(self, name: str, tensors: list[Tensor]) -> None:
+        sizes = [t.numel() for t in tensors if t.device.type == "cpu"]
         if sizes:
             key = name, call_site()
             with self._lock:

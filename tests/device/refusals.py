@@ -5,6 +5,7 @@ The messages are PyTorch's own, so that a test reads as on a machine with a GPU.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,27 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "addmm_", "ba
 
 
 def check(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], on_device: Callable[[Tensor], bool], device: torch.device
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    on_device: Callable[[Tensor], bool],
+    device: torch.device,
+    tensors: Sequence[Tensor],
 ) -> None:
     """Refuses a call as CUDA does.
+
+    Args:
+        func: The operator.
+        args: Its arguments.
+        kwargs: Those by name.
+        on_device: Tells whether a tensor is on the GPU.
+        device: The GPU.
+        tensors: All tensors among the arguments.
 
     Raises:
         RuntimeError: With CUDA's message.
     """
     name = func._overloadpacket.__name__
-    tensors = list(tensors_in((args, kwargs)))
     near = [t for t in tensors if on_device(t)]
     if not near:
         generator = kwargs.get("generator")
@@ -44,7 +57,7 @@ def check(
     if name in INDEXING:
         _check_indexing(args, kwargs, on_device)
         return
-    written = {id(t) for t in _written(func, args, kwargs)}
+    written = {id(t) for t in tensors_in(written_in(func, args, kwargs))}
     allowed = 2 if name == "where" else 1
     scalars = torch.Tag.pointwise in func.tags or name in SCALAR_TOO
     if scalars and all(t.dim() == 0 and id(t) not in written for t in far):
@@ -57,16 +70,22 @@ def check(
     )
 
 
-def tensors_in(value: Any) -> Any:
+def tensors_in(value: Any) -> list[Tensor]:
     """All tensors of nested arguments, in order."""
+    found: list[Tensor] = []
+    _gather(value, found)
+    return found
+
+
+def _gather(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from tensors_in(part)
+            _gather(part, found)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from tensors_in(part)
+            _gather(part, found)
 
 
 def _is(found: Any, device: torch.device) -> bool:
@@ -101,11 +120,23 @@ def _check_indexing(args: Sequence[Any], kwargs: Mapping[str, Any], on_device: C
             )
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that the operator writes into."""
-    found: list[Tensor] = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found.extend(tensors_in(value))
-    return found
+@functools.cache
+def _writes(func: Any) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that the operator writes into."""
+    return tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def written_in(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the operator writes into, None for those that are not given."""
+    return [args[place] if place < len(args) else kwargs.get(name) for place, name in _writes(func)]
+
+
+@functools.cache
+def gives_written(func: Any) -> bool:
+    """Whether all that the operator gives back are tensors that it wrote into."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and r.alias_info.is_write for r in returns)

@@ -22,7 +22,7 @@ from tests.merging.scenarios import SHAPES, Maker
 FREE = {name: row for name, row in METHODS.items() if row.needs != "calibration"}
 # Waits for the device a module, at most; the share of a window counts as a part of one. Those of a decomposition are
 # PyTorch's own, which reads its error code.
-WAITS = {"weighted-average": 3, "svd": 12, "rsvd": 16, "iso-c": 13, "tsv": 20}
+WAITS = {"weighted-average": 3, "svd": 6, "rsvd": 8, "iso-c": 8, "tsv": 20}
 RULES: dict[str, dict[str, Any]] = {
     "rank": {"rank": 3}, "energy": {"energy": 0.9}, "nuclear": {"nuclear": 0.8}, "ratio": {"ratio": 10.0},
     "fro_error": {"fro_error": 0.2}, "max_rank": {"max_rank": 2}, "budget": {"budget": 2000},
@@ -47,8 +47,7 @@ def test_every_method_gives_the_cpu_s_result(row: MethodRow, gpu: Pretend | None
     assert ranks[0] == ranks[1]
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("method", ["svd", "ties"])
+@pytest.mark.parametrize(("method", "rule"), [("svd", r) for r in RULES] + [("ties", "budget"), ("ties", "energy")])
 def test_every_rank_rule_writes_the_cpu_s_adapter(
     method: str, rule: str, gpu: Pretend | None, maker: Maker, tmp_path: Path
 ) -> None:
@@ -79,7 +78,7 @@ def test_a_pool_of_threads_changes_nothing(gpu: Pretend | None, maker: Maker) ->
         three = lf.merge(paths, "iso-c", device="cuda")
     finally:
         torch.set_num_threads(before)
-    assert away(three.modules, one.modules) == 0.0
+    assert away(three.modules, one.modules) <= (0.0 if gpu is not None else tolerance(gpu))
 
 
 def test_the_references_run_on_the_device(gpu: Pretend | None, maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,13 @@
-"""Runs the text of the CUDA kernels on the CPU: csrc/emulator, built once a set of sources and a sanitizer."""
+"""Runs the text of the CUDA kernels on the CPU: csrc/emulator, built once a set of sources and a sanitizer.
+
+`python -m tests.kernels.emulator` builds all programs; the test-suite starts it first, so that they are there when the tests
+of the kernels come.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -49,25 +55,26 @@ def build(module: str, kind: str = "plain", source: Path | None = None) -> Path:
         if part.suffix != ".cpp" or part in (file, CSRC / "emulator" / "run.cpp"):
             words.update(part.name.encode() + b"\0" + part.read_bytes())
     program = CACHE / f"{module}-{kind}-{words.hexdigest()[:16]}"
-    if not program.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        fresh = program.with_suffix(f".{os.getpid()}")
-        command = [
-            COMPILER,
-            *flags,
-            f"-I{CSRC / 'emulator'}",
-            "-o",
-            str(fresh),
-            str(CSRC / "emulator" / "run.cpp"),
-            str(file),
-        ]
-        done = subprocess.run([*command, "-pthread"], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        for old in CACHE.glob(f"{module}-{kind}-*"):
-            if old != fresh:
-                old.unlink(missing_ok=True)
-        fresh.rename(program)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # Whoever comes second waits for the program instead of compiling it as well.
+    with open(CACHE / f"{module}-{kind}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            _compile([COMPILER, *flags, f"-I{CSRC / 'emulator'}"], file, program)
+            for old in CACHE.glob(f"{module}-{kind}-*"):
+                if old != program:
+                    old.unlink(missing_ok=True)
     return program
+
+
+def _compile(command: list[str], file: Path, program: Path) -> None:
+    fresh = program.with_suffix(".fresh")
+    sources = [str(CSRC / "emulator" / "run.cpp"), str(file)]
+    done = subprocess.run(
+        [*command, "-pthread", "-o", str(fresh), *sources], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    fresh.rename(program)
 
 
 def emulate(
@@ -146,3 +153,16 @@ def _unpack(raw: bytes) -> dict[str, Tensor]:
         at += size
         found[name] = torch.frombuffer(data, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
     return found
+
+
+def main() -> None:
+    """Builds every program; a failure is left to the test that asks for it."""
+    for file in sorted((CSRC / "emulator").glob("*.cpp")):
+        if file.stem != "run":
+            for kind in BUILDS:
+                with contextlib.suppress(AssertionError):
+                    build(file.stem, kind)
+
+
+if __name__ == "__main__":
+    main()

@@ -316,6 +316,8 @@ def test_peak_memory_is_a_third_of_the_eager_form_at_most(native, rng, dtype):
         ({"S": torch.zeros(3, 4)}, ["tensor S", "(3, 4)", "(3, 5)"]),
         ({"mask": torch.ones(5)}, ["tensor mask", "(5,)", "(3,)"]),
         ({"P": torch.zeros(3, 5, dtype=torch.int64), "S": torch.zeros(3, 5, dtype=torch.int64)}, ["P", "int64"]),
+        ({"mask": torch.ones(3, device="meta")}, ["tensor mask", "another device", "meta", "cpu, as P"]),
+        ({"unit": torch.ones(1)}, ["tensor unit", "(1,)", "()"]),
         ({"threshold": -0.1}, ["threshold", "-0.1", "at least 0"]),
         ({"threshold": float("nan")}, ["threshold", "nan"]),
     ],

@@ -69,7 +69,7 @@ def test_a_threshold_times_a_number_on_the_device(rng):
 
 
 def test_more_rows_than_warps_and_the_same_bits_again(rng):
-    P, S = _hidden(rng, 2048 * 8 + 77, 3, torch.float32)
+    P, S = _hidden(rng, 1056 * 8 + 77, 3, torch.float32)
     got, want, slope, expected = _both(P, S, None, "elementwise")
     torch.testing.assert_close(got, want, rtol=1e-13, atol=0.0)
     assert torch.equal(slope, expected)

@@ -51,7 +51,7 @@ def test_null_directions_are_exact_zeros_with_orthonormal_vectors(rng):
     assert found["S"][1, 0] == 3.0 and found["S"][3].tolist() == sorted((float(i % 5) for i in range(33)), reverse=True)
 
 
-@pytest.mark.parametrize(("dtype", "scales"), [(torch.float32, (1e-40, 1e38)), (F64, (1e-310, 1e307))])
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.float32, (1e-40, 3e37)), (F64, (1e-310, 1e307))])
 def test_scale_does_not_matter(rng, dtype, scales):
     """Powers of two commute with every step, so only the rounding of denormal input shows."""
     C = torch.randn(7, 7, generator=rng, dtype=F64).to(dtype)
@@ -107,14 +107,14 @@ def test_pick_rank(rng, R, dtype):
     for energy, least, most in ((0.9, 1, R), (1.0, 0, R), (0.0, 0, R), (0.5, 2, 5)):
         want = pick_rank_reference(S, energy, least, most)
         given = {"energy": energy, "least": least, "most": min(most, R)}
-        assert torch.equal(emulate("pick_rank", "jacobi_svd", S=S, across=0, **given)["ranks"], want)
-        across = emulate("pick_rank", "jacobi_svd", S=S.T.contiguous(), across=1, **given)["ranks"]
+        assert torch.equal(emulate("pick_rank", "factors", S=S, across=0, **given)["ranks"], want)
+        across = emulate("pick_rank", "factors", S=S.T.contiguous(), across=1, **given)["ranks"]
         assert torch.equal(across, want)
 
 
 def test_ties_at_the_threshold_count(rng):
     S = torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 0.0]], dtype=F64)
-    ranks = emulate("pick_rank", "jacobi_svd", S=S, across=0, energy=0.9, least=0, most=2)["ranks"]
+    ranks = emulate("pick_rank", "factors", S=S, across=0, energy=0.9, least=0, most=2)["ranks"]
     assert ranks.tolist() == [1, 2, 1]
 
 
@@ -124,16 +124,16 @@ def test_scale_write(rng, dtype, to):
     for m, n, R, rank in ((97, 129, 7, 7), (97, 129, 7, 3), (1, 1, 1, 1), (7, 5, 4, 0)):
         U, S, Vh = (torch.randn(*shape, generator=rng, dtype=F64).to(dtype) for shape in ((m, R), (R,), (R, n)))
         given = {"U": U.T.contiguous(), "S": S.abs(), "Vh": Vh, "rank": rank, "to": torch.zeros(1, dtype=to)}
-        found = emulate("scale_write", "jacobi_svd", **given)
+        found = emulate("scale_write", "factors", **given)
         B, A = scale_write_reference(U, S.abs(), Vh, rank, to)
         assert torch.equal(found["B"], B) and torch.equal(found["A"], A)
 
 
-@pytest.mark.parametrize("kind", ["address", "thread"])
-def test_sanitizers_find_nothing_in_the_factors(rng, kind):
+def test_the_address_sanitizer_finds_nothing_in_the_factors(rng):
+    kind = "address"  # threads share no memory there
     S = torch.rand(3, 33, generator=rng, dtype=F64).sort(-1, descending=True).values
-    got = emulate("pick_rank", "jacobi_svd", kind, S=S, across=0, energy=0.9, least=1, most=33)["ranks"]
+    got = emulate("pick_rank", "factors", kind, S=S, across=0, energy=0.9, least=1, most=33)["ranks"]
     assert torch.equal(got, pick_rank_reference(S, 0.9, 1, 33))
     U, Vh = torch.randn(3, 5, generator=rng, dtype=F64), torch.randn(3, 7, generator=rng, dtype=F64)
     given = {"U": U, "S": S[0, :3], "Vh": Vh, "rank": 2, "to": torch.zeros(1, dtype=torch.bfloat16)}
-    assert emulate("scale_write", "jacobi_svd", kind, **given)["B"].shape == (5, 2)
+    assert emulate("scale_write", "factors", kind, **given)["B"].shape == (5, 2)

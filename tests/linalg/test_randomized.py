@@ -6,8 +6,17 @@ import torch
 
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.linalg.factored import truncate
-from loraforge.linalg.randomized import Sketch, exact_is_cheaper, gaussian, project, randomized_svd, range_basis
+from loraforge.linalg.randomized import (
+    Sketch,
+    exact_is_cheaper,
+    gaussian,
+    orthonormal,
+    project,
+    randomized_svd,
+    range_basis,
+)
 from loraforge.linalg.rank import RankRule
+from loraforge.linalg.sketched_batch import randomized_svd_many, sketch_batches
 from loraforge.types import LowRank
 from tests.oracles import factored as oracle
 
@@ -108,3 +117,74 @@ def test_zero_and_bad_input(exact: str) -> None:
         B[1, 1] = bad
         with pytest.raises(LoraforgeError, match="NaN or Inf"):
             randomized_svd(LowRank(B, torch.ones(3, 7)), RankRule(rank=1), Sketch(exact=exact), "m")
+
+
+def batch_of_updates(dtype: torch.dtype) -> list[LowRank]:
+    flat = update(150, 140, 100, decay=0.0, dtype=dtype)
+    zero = LowRank(torch.zeros(150, 100, dtype=dtype), flat.A)
+    return [
+        update(150, 140, 100, dtype=dtype),
+        flat,
+        zero,
+        update(90, 140, 30, dtype=dtype),
+        update(150, 140, 100, 2.0, dtype),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", [RankRule(rank=5), RankRule(energy=0.9), RankRule(max_rank=7), RankRule(ratio=9.5)])
+@pytest.mark.parametrize("exact", ["auto", "never"])
+def test_a_batch_gives_what_its_modules_give(dtype: torch.dtype, rule: RankRule, exact: str) -> None:
+    """The same draws and widenings, and in float32 another way to the same bases."""
+    updates, sketch = batch_of_updates(dtype), Sketch(exact=exact)
+    words = [f"m{i}" for i in range(len(updates))]
+    alone = [randomized_svd(one, rule, sketch, word) for one, word in zip(updates, words, strict=True)]
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-10
+    for found in (sketch_batches(updates, rule, sketch, words), randomized_svd_many(updates, rule, sketch, words)):
+        for one, other in zip(found, alone, strict=True):
+            assert one.rank == other.rank and one.exact == other.exact and one.B.dtype == dtype
+            assert one.B.is_contiguous() and one.A.is_contiguous()
+            assert one.account is not None and other.account is not None
+            size = float(other.delta().norm())
+            assert float((one.delta() - other.delta()).norm()) <= tolerance * size
+            assert one.account.error == pytest.approx(other.account.error, abs=tolerance * size)
+            assert one.account.kept_energy == pytest.approx(other.account.kept_energy, abs=tolerance)
+            assert one.account.spectrum.numel() == other.account.spectrum.numel()
+
+
+def test_a_batch_refuses_what_a_module_refuses() -> None:
+    updates = batch_of_updates(torch.float32)
+    with pytest.raises(UsageError, match="every singular value"):
+        sketch_batches(updates, RankRule(nuclear=0.5), NEVER, ["m"] * 5)
+    updates[3].A[2, 2] = float("inf")
+    with pytest.raises(LoraforgeError, match="NaN or Inf(.|\n)*of three"):
+        sketch_batches(updates, RankRule(rank=2), NEVER, ["a", "b", "c", "of three", "d"])
+    assert sketch_batches([], RankRule(), NEVER, []) == []
+
+
+def test_two_passes_of_cholesky_make_columns_orthonormal() -> None:
+    g = torch.Generator().manual_seed(3)
+    Y = torch.randn(2, 90, 12, generator=g, dtype=torch.float64) * torch.logspace(0, -9, 12, dtype=torch.float64)
+    Y[1, :, 6:] = Y[1, :, :6] * 3.0
+    mixed = Y @ torch.randn(12, 12, generator=g, dtype=torch.float64)
+    for block in (Y, mixed):
+        Q, T = orthonormal(block, gram=True)
+        squares = Q.mT @ Q
+        on = squares.diagonal(dim1=-2, dim2=-1)
+        assert (squares - torch.diag_embed(on)).abs().max() < 1e-14 and ((on - 1).abs().minimum(on) < 1e-14).all()
+        # What was cut off is less than 1e-7 of a column.
+        assert ((block - Q @ T).norm(dim=1) <= 3e-7 * block.norm(dim=1)).all()
+    assert int((orthonormal(Y, gram=True)[0][1].norm(dim=0) > 0.5).sum()) == 6
+    assert orthonormal(Y[0], gram=True)[0].shape == (90, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_the_device(dtype: torch.dtype) -> None:
+    updates, rule, sketch = batch_of_updates(dtype), RankRule(energy=0.9), Sketch(exact="never")
+    words = [f"m{i}" for i in range(len(updates))]
+    here = randomized_svd_many([one.to(device="cuda") for one in updates], rule, sketch, words)
+    for found, other in zip(here, randomized_svd_many(updates, rule, sketch, words), strict=True):
+        assert found.B.is_cuda and found.rank == other.rank
+        size = max(float(other.delta().norm()), 1.0)
+        assert float((found.delta().cpu() - other.delta()).norm()) <= (2e-6 if dtype == torch.float32 else 1e-10) * size

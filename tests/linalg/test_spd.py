@@ -92,3 +92,24 @@ def test_not_finite_names_the_module(value: float) -> None:
     with pytest.raises(LoraforgeError, match="NaN or Inf") as caught:
         factor_spd(matrix, "layers.3.q_proj")
     assert caught.value.where == "layers.3.q_proj" and caught.value.exit_code == 3
+
+
+def test_panels_give_the_factor_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes around the panel, and a matrix that fails in a late panel."""
+    monkeypatch.setattr("loraforge.linalg.spd._PANEL", 8)
+    for d in (7, 8, 9, 16, 29):
+        matrix = rotated([10.0**-k for k in np.linspace(0, 3, d)])
+        factor = factor_spd(matrix, "m")
+        torch.testing.assert_close(factor.L, torch.linalg.cholesky(matrix), rtol=0, atol=1e-14)
+        check_lower(factor.L)
+    late = torch.diag(torch.tensor([1.0] * 20 + [-1e-6] + [1.0] * 8, dtype=torch.float64))
+    assert factor_spd(late, "m").info == factor_spd(late.clone(), "m").info
+    assert factor_spd(late, "m").info.solver == "cholesky+jitter"
+
+
+def test_half_solves_are_the_rows_in_the_metric_and_back() -> None:
+    matrix, T = rotated([10.0**-k for k in np.linspace(0, 2, 9)]), rows(4, 9)
+    factor = factor_spd(matrix, "m")
+    M = factor.half_solve_right(T)
+    torch.testing.assert_close(M, factor.solve_right(T) @ factor.L, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(factor.other_half_right(M), factor.solve_right(T), rtol=0, atol=0)

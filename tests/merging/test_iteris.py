@@ -237,7 +237,7 @@ def test_sketched_search_estimates_the_same_objective():
     assert small.folds[0].target.shape[0] == iteris.SKETCH == 32
     values = []
     for problem_ in (stats, small):
-        values.append(iteris.Search(problem_, params).held_out(1, (1e-2, 0.25)))
+        values.append(float(iteris.Search(problem_, params).held_out(1, (1e-2, 0.25))))
     assert values[1] == pytest.approx(values[0], rel=0.4)
     assert replace(small, rank=stats.rank).rank == stats.rank
 
@@ -292,6 +292,26 @@ def test_full_weight_is_cut_in_the_metric_of_the_outputs():
     assert float(S[3]) < 1e-9 * float(S[0])
     assert U.shape == (9, 7)
     assert stats.rank == 3
+
+
+@pytest.mark.parametrize("alpha", [1e-3, "auto"])
+def test_large_modules_take_the_leading_subspace_by_steps(alpha, monkeypatch):
+    """Above LARGE no eigendecomposition is made: the same update to rounding, and the same account of what was cut."""
+    from loraforge.merging import iteris
+
+    X, Xt, factors, W0 = problem(18, ranks=(1, 1, 1), tokens=(90, 80, 85), d=30, m=40)
+    fixed = {} if alpha == "auto" else {"alpha_1": alpha, "alpha_2": alpha, "reg_ceof": 0.0}
+    params = IterisParams(**(PLAIN | {"with_pretrain_matrix": 1} | fixed))
+    exact, _, solution = solve(X, Xt, factors, W0, params, folds=2)
+    monkeypatch.setattr(iteris, "LARGE", 12)
+    got, stats, stepped = solve(X, Xt, factors, W0, params, folds=2)
+    U, S = stepped.left
+    assert U.shape == (40, 3) and S.shape == (4,) and solution.left[1].shape == (30,)
+    assert float(S.square().sum()) == pytest.approx(float(solution.left[1].square().sum()), rel=1e-12)
+    assert float(S[:3].square().sum()) == pytest.approx(float(solution.left[1][:3].square().sum()), rel=1e-7)
+    assert float((got - exact).norm()) < 1e-3 * float(exact.norm())
+    assert stepped.report["residual_after"] == pytest.approx(solution.report["residual_after"], rel=1e-6)
+    assert stats.folds[0].features.shape == (3, 30), "targets are kept as factors"
 
 
 def test_nan_names_the_module():

@@ -10,7 +10,7 @@ from loraforge.bench.cases import Case
 from loraforge.bench.operators import anderson, consistency, core_svd, covariance, dcs, entrywise
 from loraforge.bench.session import Session
 
-BUDGET = {"default": 0.8, "full": 3.0, "tiny": 0.0}
+BUDGET = {"default": 0.5, "full": 3.0, "tiny": 0.0}
 _FILES = (anderson, dcs, covariance, core_svd, consistency, entrywise)
 
 

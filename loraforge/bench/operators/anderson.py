@@ -15,7 +15,7 @@ from loraforge.kernels import anderson
 # (m, P)
 _SIZES = {
     "tiny": ((3, 129),),
-    "default": ((5, 1_000_000), (5, 4_000_000)),
+    "default": ((5, 500_000), (5, 2_000_000)),
     "full": ((5, 1_000_000), (5, 8_000_000), (5, 40_000_000)),
 }
 _FLOAT64 = 1e-12  # float64 sums taken in another order

@@ -27,9 +27,9 @@ from loraforge.kernels.jacobi import jacobi_svd, jacobi_svd_reference
 _CORES = {
     "tiny": ((3, 7),),
     "default": ((56, 32), (28, 64), (7, 128)),
-    "full": ((224, 32), (224, 64), (224, 128), (32, 160), (16, 256)),
+    "full": ((224, 64), (32, 160), (16, 256)),
 }
-_STACKS = {"tiny": ((3, 7),), "default": ((28, 64),), "full": ((224, 32), (224, 64), (224, 128), (32, 160))}
+_STACKS = {"tiny": ((3, 7),), "default": ((28, 64),), "full": ((224, 32), (224, 64), (56, 128))}
 _SPECTRA = {"tiny": ((5, 7),), "default": ((224, 64),), "full": ((224, 64), (224, 256))}
 # (m, n, R, k)
 _SPLITS = {

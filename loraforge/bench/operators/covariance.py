@@ -16,7 +16,7 @@ from loraforge.kernels import covariance
 _ROWS = {"tiny": ((97, 33),), "default": ((4096, 768),), "full": ((4096, 768), (8192, 4096))}
 # d
 _FOLDS = {"tiny": (97,), "default": (1024,), "full": (1024, 4096)}
-_GRAMS = {"tiny": ((129, 33),), "default": ((4096, 768), (4096, 1536)), "full": ((4096, 768), (8192, 4096))}
+_GRAMS = {"tiny": ((129, 33),), "default": ((4096, 768), (4096, 1024)), "full": ((4096, 768), (8192, 4096))}
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _SUMS = 2e-6  # float32 sums of 4096 products
 _PAGE = 512  # tokens of a padded sample, half of it padding
@@ -50,6 +50,7 @@ def _pack(T: int, d: int, dtype: torch.dtype, weighted: bool, device: torch.devi
     draws = Draws(device)
     x, mask = draws.normal(T, d, dtype=dtype), _half(T, device)
     weight = draws.uniform(T) if weighted else None
+    kept = int(mask.sum())  # known to who made the mask
 
     def exact() -> list[Tensor]:
         rows = x[mask].double()
@@ -58,11 +59,11 @@ def _pack(T: int, d: int, dtype: torch.dtype, weighted: bool, device: torch.devi
     return Work(
         forms={
             "reference": lambda: covariance.cov_pack_reference(x, mask, weight, torch.float32),
-            "native": lambda: covariance.cov_pack(x, mask, weight, torch.float32),
+            "native": lambda: covariance.cov_pack(x, mask, weight, torch.float32, rows=kept),
         },
         exact=exact,
         rtol=2.0**-24 if weighted else 0.0,  # one rounding of the product
-        cost=costs.cov_pack(T, d, int(mask.sum()), x.itemsize, 4, weighted),
+        cost=costs.cov_pack(T, d, kept, x.itemsize, 4, weighted),
     )
 
 
@@ -93,13 +94,15 @@ def _fold(d: int, symmetric: bool, device: torch.device) -> Work:
 def _gram(T: int, d: int, masked: bool, device: torch.device) -> Work:
     """One hook call; masked: half of the rows are padding, which the full-length product zeroes."""
     X, mask = Draws(device).normal(T, d, dtype=torch.bfloat16), _half(T, device)
+    kept = int(mask.sum()) if masked else T
+    narrow = X.dtype if device.type == "cuda" else torch.float32  # a GPU multiplies 16-bit rows as they are
     accs = {
         name: torch.zeros(d, d, dtype=torch.float64, device=device)
         for name in ("reference", "torch", "native", "exact")
     }
 
     def ours() -> Tensor:
-        covariance.gram_(accs["native"], covariance.cov_pack(X, mask, None, torch.float32) if masked else X)
+        covariance.gram_(accs["native"], covariance.cov_pack(X, mask, None, narrow, rows=kept) if masked else X)
         return accs["native"]
 
     def reference(name: str = "reference") -> Tensor:
@@ -118,5 +121,5 @@ def _gram(T: int, d: int, masked: bool, device: torch.device) -> Work:
         exact=lambda: [reference("exact")],
         rtol=_SUMS,
         before=lambda name: accs[name].zero_(),
-        cost=costs.gram_(T, d, 2, int(mask.sum()) if masked else None),
+        cost=costs.gram_(T, d, 2, kept),
     )
