@@ -168,7 +168,7 @@ def test_what_cannot_run_here_is_named_and_counted(check: Any) -> None:
 
 
 def test_a_step_that_hangs_is_ended(check: Any) -> None:
-    done = check(SMI_SLEEPS="30", GPU_CHECK_SECONDS="6")
+    done = check(SMI_SLEEPS="30", GPU_CHECK_SECONDS="9")
     assert done.rc == 2
     assert done.status["environment"] == "timed out" and done.result["steps"][0]["rc"] == 124
 

@@ -105,13 +105,16 @@ void write_factors(const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t r
   if (u1 == 1) {
     scale_columns(u, u0, roots.data(), m, rank, left);
   } else {
-    constexpr int64_t kRows = 64; // of the result, which stay in the first cache while its columns are read
+    constexpr int64_t kRows = 64; // which stay in the first cache while columns are gathered
+    std::vector<T> block(kRows * rank);
     for (int64_t begin = 0; begin < m; begin += kRows) {
+      const int64_t rows = std::min(kRows, m - begin);
       for (int64_t k = 0; k < rank; ++k) {
-        for (int64_t i = begin; i < std::min(begin + kRows, m); ++i) {
-          left[i * rank + k] = cast_one<T, Out>(u[i * u0 + k * u1] * roots[k]);
+        for (int64_t i = 0; i < rows; ++i) {
+          block[i * rank + k] = u[(begin + i) * u0 + k * u1];
         }
       }
+      scale_columns(block.data(), rank, roots.data(), rows, rank, left + begin * rank);
     }
   }
   for (int64_t k = 0; k < rank; ++k) {

@@ -566,17 +566,17 @@ struct Digit {
   int64_t every; // of the tiles, one of so many is looked at
 };
 
-// How many entries agree with the prefix, and how many are above it.
+// How many entries agree with one of a run of prefixes, and how many are above all of them.
 struct Agreeing {
   int64_t equal, above;
 };
 
 // Bits of the magnitudes from `low` on.
 template <typename T, typename Bits>
-LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, Bits* digits, uint8_t* agrees) {
+LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, Bits* digits) {
   using Compared = std::conditional_t<sizeof(Bits) == 4, float, double>;
   Bits equal = 0, above = 0;
-  const Bits wanted = static_cast<Bits>(prefix), mask = ~(Bits{1} << (8 * sizeof(Bits) - 1));
+  const Bits wanted = static_cast<Bits>(prefix), taken = static_cast<Bits>(run), mask = ~(Bits{1} << (8 * sizeof(Bits) - 1));
   const int gap = static_cast<int>(high - low), down = static_cast<int>(low);
 #pragma omp simd reduction(+ : equal, above)
   for (int64_t i = 0; i < n; ++i) {
@@ -585,24 +585,24 @@ LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, u
     __builtin_memcpy(&bits, &value, sizeof(bits));
     bits = (bits & mask) >> down;
     digits[i] = bits;
-    agrees[i] = (bits >> gap) == wanted;
-    equal += static_cast<Bits>((bits >> gap) == wanted);
-    above += static_cast<Bits>((bits >> gap) > wanted);
+    const Bits place = (bits >> gap) - wanted; // wraps far up where it is below
+    equal += static_cast<Bits>(place < taken);
+    above += static_cast<Bits>(place >= taken) & static_cast<Bits>((bits >> gap) >= wanted);
   }
   return {static_cast<int64_t>(equal), static_cast<int64_t>(above)};
 }
 
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits, uint8_t* agrees) {
-  return digits_body(x, n, low, high, prefix, digits, agrees);
+LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
+  return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits, uint8_t* agrees) {
-  return digits_body(x, n, low, high, prefix, digits, agrees);
+LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
+  return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint32_t* digits, uint8_t* agrees) {
-  return digits_body(x, n, low, high, prefix, digits, agrees);
+LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
+  return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t* digits, uint8_t* agrees) {
-  return digits_body(x, n, low, high, prefix, digits, agrees);
+LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
+  return digits_body(x, n, low, high, prefix, run, digits);
 }
 
 // Counts a tile's digits, in a table of its own where threads share the work: whole numbers add up in any order.
@@ -636,37 +636,35 @@ class Count {
   }
 
  private:
-  // Few agree: eight are looked at in turn.
-  static void count_some(const Bits* digits, const uint8_t* agrees, int64_t n, Bits mask, int64_t* table) {
-    for (int64_t at = 0; at < n; at += 8) {
-      uint64_t eight = 0;
-      std::memcpy(&eight, agrees + at, static_cast<size_t>(std::min<int64_t>(8, n - at)));
-      for (int64_t i = at; eight != 0; ++i, eight >>= 8) {
-        if ((eight & 1) != 0) {
-          ++table[digits[i] & mask];
-        }
-      }
-    }
-  }
-
   void count(const T* x, int64_t n) {
     alignas(64) Bits digits[kStrip];
-    alignas(8) uint8_t agrees[kStrip];
     const int gap = static_cast<int>(digit_.high - digit_.low);
     const bool top = digit_.high == 8 * static_cast<int64_t>(sizeof(Bits)) - 1; // nothing is above: all agree
     const Bits mask = (Bits{1} << gap) - 1;
     int64_t* table = adding_ ? own_.data() : counts_;
-    for (int64_t prefix : digit_.prefixes) {
-      const Agreeing found = digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(prefix), digits, agrees);
-      if (top) {
+    const int64_t size = (int64_t{1} << gap) + 1;
+    for (size_t p = 0; p < digit_.prefixes.size();) {
+      // Neighbouring prefixes, as a search near a guess has them, are looked for together.
+      const Bits wanted = static_cast<Bits>(digit_.prefixes[p]);
+      const bool pair = !top && p + 1 < digit_.prefixes.size() && digit_.prefixes[p + 1] == digit_.prefixes[p] + 1;
+      const uint64_t run = pair ? 2 : 1;
+      const Agreeing found = digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(wanted), run, digits);
+      int64_t upper = 0;
+      if (found.equal != 0) {
         for (int64_t i = 0; i < n; ++i) {
-          ++table[digits[i]];
+          const Bits place = top ? 0 : (digits[i] >> gap) - wanted;
+          if (place < run) {
+            ++table[static_cast<int64_t>(place) * size + static_cast<int64_t>(digits[i] & mask)];
+            upper += static_cast<int64_t>(place);
+          }
         }
-      } else if (found.equal != 0) {
-        count_some(digits, agrees, n, mask, table);
       }
-      table += int64_t{1} << gap;
-      *table++ += found.above;
+      table[size - 1] += found.above + upper;
+      if (pair) {
+        table[2 * size - 1] += found.above;
+      }
+      table += static_cast<int64_t>(run) * size;
+      p += run;
     }
   }
 

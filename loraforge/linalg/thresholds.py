@@ -24,8 +24,8 @@ from loraforge.linalg.pool import pool_map
 from loraforge.types import LayerInputs
 
 # A guess comes from one tile of EVERY, SAMPLED entries or more, and is good to a few thousandths. The value is looked
-# for in two windows of 2^WINDOW neighbouring floats each, 1.6 to 3.1 % of it.
-EVERY, SAMPLED, WINDOW = 16, 2**18, 17
+# for in two windows of 2^WINDOW neighbouring floats each, 0.8 to 1.6 % of it.
+EVERY, SAMPLED, WINDOW = 16, 2**18, 16
 
 Layers: TypeAlias = Callable[[], Iterable[LayerInputs]]
 
