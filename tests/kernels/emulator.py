@@ -1,7 +1,7 @@
 """Runs the text of the CUDA kernels on the CPU: csrc/emulator, built once a set of sources and a sanitizer.
 
-`python -m tests.kernels.emulator` builds all programs; the test-suite starts it first, so that they are there when the tests
-of the kernels come.
+`python -m tests.kernels.emulator` builds all programs. The test-suite starts it first, so that they are there when the
+tests of the kernels come.
 """
 
 from __future__ import annotations
