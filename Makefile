@@ -11,7 +11,7 @@ export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench cuda-check clean setup
+.PHONY: demo test lint bench cuda-check gpu-check clean setup
 
 demo: $(STAMP)
 	$(BIN)/loraforge demo --out demo-run --overwrite
@@ -34,6 +34,10 @@ bench: $(STAMP)
 cuda-check: $(STAMP)
 	$(BIN)/python csrc/cuda_check.py
 	$(BIN)/python -m pytest -q tests/kernels -k "emulat or cuda_compiles"
+
+# On a machine with a CUDA GPU: build, GPU tests, sanitizer, benchmarks; writes benchmarks/results/<gpu>.json.
+gpu-check:
+	bash benchmarks/gpu_check.sh
 
 setup: $(STAMP)
 

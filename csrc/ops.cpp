@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(loraforge, m) {
   m.def("entry_merge(Tensor[] left, Tensor[] right, float[] scaling, float[] weights, float[] low, float[] high, "
         "int[] keys, int limit, float gain, int first, bool elect, ScalarType dtype) -> Tensor");
   m.def("entry_counts_(Tensor(a!) counts, Tensor left, Tensor? right, float scaling, ScalarType dtype, bool wide, "
-        "int[] prefixes, int low, int high, int every) -> ()");
+        "int[] prefixes, int low, int high) -> ()");
   m.def("drop_rescale_(Tensor(a!) tile, int key_low, int key_high, int first, int limit, float gain) -> ()");
   m.def("jacobi_svd(Tensor C, int sweeps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("gram_factor(Tensor G, float cut) -> (Tensor, Tensor, Tensor, Tensor)");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shlex
@@ -123,6 +125,24 @@ def test_speed_figures_are_the_stored_ones(name: str) -> None:
             value = value[key.replace("~", " ")]
         digits = len(figure.partition(".")[2])
         assert float(figure) == pytest.approx(round(float(value), digits), abs=10**-digits), row
+
+
+def bench_text(stored: dict[str, object]) -> list[str]:
+    """What `loraforge bench` prints of a result."""
+    from loraforge.cli._output import Output
+    from loraforge.cli.bench import print_result
+
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page):
+        print_result(Output(as_json=False, quiet=False, verbose=0), stored)
+    return page.getvalue().strip().splitlines()
+
+
+def test_bench_output_is_the_stored_one() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text(encoding="utf-8"))
+    assert not stored["failures"]
+    shown = between("bench-output").strip("`\n").splitlines()
+    assert shown == bench_text(stored)
 
 
 def test_links_and_pictures_exist() -> None:

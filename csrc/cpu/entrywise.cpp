@@ -259,10 +259,9 @@ void draw_and_keep(T* x, const Rule& rule, uint64_t first, int64_t width) {
   }
 }
 
-// Where a tile lies: rows x width entries from (row, at) of a matrix of n columns, its own rows `strip` apart. Tiles of
-// one diagonal touch every row and every column.
+// Where a tile lies: rows x width entries from (row, at) of a matrix of n columns, its own rows `strip` apart.
 struct Place {
-  int64_t row, rows, at, width, strip, n, diagonal;
+  int64_t row, rows, at, width, strip, n;
 };
 
 // `first` is the number of the entry at (0, 0).
@@ -432,7 +431,7 @@ void for_tiles(const std::vector<Source>& sources, int64_t t, int64_t n, const F
       for (int64_t piece = begin; piece < end; ++piece) {
         const int64_t at = piece % pieces * kTile, width = std::min(kTile, n - at);
         // Whole lanes, so that the vectors that work on a tile never look beyond it.
-        work(nullptr, Place{piece / pieces, 1, at, width, (width + 15) / 16 * 16, n, piece / pieces + piece % pieces});
+        work(nullptr, Place{piece / pieces, 1, at, width, (width + 15) / 16 * 16, n});
       }
       work.done();
     });
@@ -449,7 +448,7 @@ void for_tiles(const std::vector<Source>& sources, int64_t t, int64_t n, const F
         panel += source.r * kStrip;
       }
       for (int64_t row = 0; row < t; row += kRows) {
-        work(panels.data(), Place{row, std::min(kRows, t - row), at, width, kStrip, n, row / kRows + strip});
+        work(panels.data(), Place{row, std::min(kRows, t - row), at, width, kStrip, n});
       }
     }
     work.done();
@@ -563,22 +562,16 @@ struct Digit {
   std::vector<int64_t> prefixes;
   int64_t low;
   int64_t high;
-  int64_t every; // of the tiles, one of so many is looked at
 };
 
-// How many entries agree with one of a run of prefixes, and how many are above all of them.
-struct Agreeing {
-  int64_t equal, above;
-};
-
-// Bits of the magnitudes from `low` on.
+// Bits of the magnitudes from `low` on; returns how many of them agree with one of a run of prefixes.
 template <typename T, typename Bits>
-LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, Bits* digits) {
+LF_BODY int64_t digits_body(const T* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, Bits* digits) {
   using Compared = std::conditional_t<sizeof(Bits) == 4, float, double>;
-  Bits equal = 0, above = 0;
+  Bits equal = 0;
   const Bits wanted = static_cast<Bits>(prefix), taken = static_cast<Bits>(run), mask = ~(Bits{1} << (8 * sizeof(Bits) - 1));
   const int gap = static_cast<int>(high - low), down = static_cast<int>(low);
-#pragma omp simd reduction(+ : equal, above)
+#pragma omp simd reduction(+ : equal)
   for (int64_t i = 0; i < n; ++i) {
     const Compared value = static_cast<Compared>(x[i]);
     Bits bits;
@@ -587,21 +580,20 @@ LF_BODY Agreeing digits_body(const T* x, int64_t n, int64_t low, int64_t high, u
     digits[i] = bits;
     const Bits place = (bits >> gap) - wanted; // wraps far up where it is below
     equal += static_cast<Bits>(place < taken);
-    above += static_cast<Bits>(place >= taken) & static_cast<Bits>((bits >> gap) >= wanted);
   }
-  return {static_cast<int64_t>(equal), static_cast<int64_t>(above)};
+  return static_cast<int64_t>(equal);
 }
 
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
+LF_CLONES int64_t digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
   return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
+LF_CLONES int64_t digits_of(const float* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
   return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
+LF_CLONES int64_t digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint32_t* digits) {
   return digits_body(x, n, low, high, prefix, run, digits);
 }
-LF_CLONES Agreeing digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
+LF_CLONES int64_t digits_of(const double* x, int64_t n, int64_t low, int64_t high, uint64_t prefix, uint64_t run, uint64_t* digits) {
   return digits_body(x, n, low, high, prefix, run, digits);
 }
 
@@ -617,9 +609,6 @@ class Count {
   }
 
   void operator()(const double* panel, const Place& place) {
-    if (place.diagonal % digit_.every != 0) {
-      return;
-    }
     fill(source_, panel, place, tile_.data());
     for (int64_t i = 0; i < place.rows; ++i) {
       for (int64_t at = 0; at < place.width; at += kStrip) {
@@ -642,26 +631,19 @@ class Count {
     const bool top = digit_.high == 8 * static_cast<int64_t>(sizeof(Bits)) - 1; // nothing is above: all agree
     const Bits mask = (Bits{1} << gap) - 1;
     int64_t* table = adding_ ? own_.data() : counts_;
-    const int64_t size = (int64_t{1} << gap) + 1;
+    const int64_t size = int64_t{1} << gap;
     for (size_t p = 0; p < digit_.prefixes.size();) {
       // Neighbouring prefixes, as a search near a guess has them, are looked for together.
       const Bits wanted = static_cast<Bits>(digit_.prefixes[p]);
       const bool pair = !top && p + 1 < digit_.prefixes.size() && digit_.prefixes[p + 1] == digit_.prefixes[p] + 1;
       const uint64_t run = pair ? 2 : 1;
-      const Agreeing found = digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(wanted), run, digits);
-      int64_t upper = 0;
-      if (found.equal != 0) {
+      if (digits_of(x, n, digit_.low, digit_.high, static_cast<uint64_t>(wanted), run, digits) != 0) {
         for (int64_t i = 0; i < n; ++i) {
           const Bits place = top ? 0 : (digits[i] >> gap) - wanted;
           if (place < run) {
             ++table[static_cast<int64_t>(place) * size + static_cast<int64_t>(digits[i] & mask)];
-            upper += static_cast<int64_t>(place);
           }
         }
-      }
-      table[size - 1] += found.above + upper;
-      if (pair) {
-        table[2 * size - 1] += found.above;
       }
       table += static_cast<int64_t>(run) * size;
       p += run;
@@ -687,9 +669,9 @@ void count_entries(const std::vector<Source>& sources, const Digit& digit, int64
 
 void entry_counts_(
     Tensor counts, const Tensor& left, std::optional<Tensor> right, double scaling, ScalarType dtype, bool wide,
-    std::vector<int64_t> prefixes, int64_t low, int64_t high, int64_t every) {
+    std::vector<int64_t> prefixes, int64_t low, int64_t high) {
   constexpr const char* op = "entry_counts_";
-  check_dim(op, "counts", counts, 2, "(prefixes, 2^(high - low) + 1)");
+  check_dim(op, "counts", counts, 2, "(prefixes, 2^(high - low))");
   check_dtype(op, "counts", counts, {ScalarType::Long});
   if (low < 0 || high <= low || high > (wide ? 63 : 31) || high - low > 20) {
     refuse(
@@ -697,15 +679,12 @@ void entry_counts_(
         std::string("at most 20 of ") + (wide ? "63" : "31") + " bits");
   }
   check_size(op, "counts", counts, 0, static_cast<int64_t>(prefixes.size()), "number of prefixes");
-  check_size(op, "counts", counts, 1, (int64_t{1} << (high - low)) + 1, "values of a digit, and one for what is above");
-  if (every < 1) {
-    refuse(op, "every", "value " + std::to_string(every), "1 or more");
-  }
+  check_size(op, "counts", counts, 1, int64_t{1} << (high - low), "values of a digit");
   if (!counts.is_contiguous()) {
     refuse(op, "counts", "rows that lie apart", "a contiguous tensor");
   }
   const std::vector<Source> source{source_of(op, left, right ? &*right : nullptr, scaling)};
-  const Digit digit{prefixes, low, high, every};
+  const Digit digit{prefixes, low, high};
   int64_t* table = counts.mutable_data_ptr<int64_t>();
   const size_t size = static_cast<size_t>(counts.numel());
   if (dtype == ScalarType::Float) {

@@ -295,13 +295,13 @@ using Counter = unsigned long long;
 template <typename T, typename C, bool kDense>
 __global__ void __launch_bounds__(kThreads, 1) counts_kernel(
     const EntrySource source, const Digit digit, int64_t t, int64_t n, int64_t tile_columns, int64_t tiles,
-    int64_t every, Counter* counts) {
+    Counter* counts) {
   __shared__ Factors shared;
   __shared__ unsigned window[kWindow];
   __shared__ unsigned largest;
   __shared__ int64_t scratch[kWarp];
-  const int64_t size = (int64_t{1} << (digit.high - digit.low)) + 1;
-  int64_t zeros = 0, above[kPrefixes] = {};
+  const int64_t size = int64_t{1} << (digit.high - digit.low);
+  int64_t zeros = 0;
   unsigned base = 0;
   bool first = true;
   for (int at = static_cast<int>(threadIdx.x); at < kWindow; at += kThreads) {
@@ -313,9 +313,6 @@ __global__ void __launch_bounds__(kThreads, 1) counts_kernel(
   __syncthreads();
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t tile_row = tile / tile_columns, tile_column = tile % tile_columns;
-    if ((tile_row + tile_column) % every != 0) {
-      continue;
-    }
     const Place place = place_of(tile_row, tile_column);
     T x[kRows][kWide];
     entries<T, kDense>(source, tile_row, tile_column, t, n, shared, x);
@@ -354,12 +351,9 @@ __global__ void __launch_bounds__(kThreads, 1) counts_kernel(
         const uint64_t prefix = bits >> digit.high;
 #pragma unroll
         for (int p = 0; p < kPrefixes; ++p) {
-          if (p < digit.count) {
-            above[p] += prefix > digit.prefix[p] ? 1 : 0;
-            if (prefix == digit.prefix[p]) {
-              atomicAdd(&counts[p * size + static_cast<int64_t>(bits >> digit.low & static_cast<uint64_t>(size - 2))],
-                        Counter{1});
-            }
+          if (p < digit.count && prefix == digit.prefix[p]) {
+            atomicAdd(&counts[p * size + static_cast<int64_t>(bits >> digit.low & static_cast<uint64_t>(size - 1))],
+                      Counter{1});
           }
         }
       }
@@ -375,14 +369,6 @@ __global__ void __launch_bounds__(kThreads, 1) counts_kernel(
     zeros = block_sum(zeros, scratch);
     if (threadIdx.x == 0 && zeros != 0) {
       atomicAdd(&counts[0], static_cast<Counter>(zeros));
-    }
-    return;
-  }
-#pragma unroll
-  for (int p = 0; p < kPrefixes; ++p) {
-    const int64_t sum = block_sum(above[p], scratch);
-    if (threadIdx.x == 0 && p < digit.count && sum != 0) {
-      atomicAdd(&counts[p * size + size - 1], static_cast<Counter>(sum));
     }
   }
 }
@@ -435,13 +421,13 @@ int merge(
 
 template <typename T, typename C>
 int counts_of(
-    EntrySource source, const int64_t* prefixes, int prefix_count, int low, int high, int64_t every, int64_t t,
+    EntrySource source, const int64_t* prefixes, int prefix_count, int low, int high, int64_t t,
     int64_t n, int64_t* counts, cudaStream_t stream) {
   constexpr int64_t kBlocks = 1024;
   const auto kernel = source.right == nullptr ? counts_kernel<T, C, true> : counts_kernel<T, C, false>;
   const int64_t tile_columns = (n + kTile - 1) / kTile, tiles = (t + kTile - 1) / kTile * tile_columns;
   const bool top = high == 8 * static_cast<int>(sizeof(C)) - 1;
-  const int64_t size = (int64_t{1} << (high - low)) + 1;
+  const int64_t size = int64_t{1} << (high - low);
   // Of the top digit every prefix has the same counts.
   for (int from = 0; from < prefix_count; from += top ? 1 : kPrefixes) {
     Digit digit{{}, 0, low, high, top};
@@ -450,7 +436,7 @@ int counts_of(
     }
     LF_LAUNCH(
         kernel, static_cast<unsigned>(tiles < kBlocks ? tiles : kBlocks), kThreads, 0, stream, source, digit, t, n,
-        tile_columns, tiles, every, reinterpret_cast<Counter*>(counts + from * size));
+        tile_columns, tiles, reinterpret_cast<Counter*>(counts + from * size));
   }
   return launched();
 }
@@ -478,13 +464,13 @@ int entry_merge(
 
 int entry_counts(
     Float entry_kind, bool wide, EntrySource source, const int64_t* prefixes, int prefix_count, int low, int high,
-    int64_t every, int64_t t, int64_t n, int64_t* counts, cudaStream_t stream) {
+    int64_t t, int64_t n, int64_t* counts, cudaStream_t stream) {
   if (t == 0 || n == 0) {
     return 0;
   }
   const auto run = entry_kind == Float::f32 ? (wide ? counts_of<float, double> : counts_of<float, float>)
                                             : (wide ? counts_of<double, double> : counts_of<double, float>);
-  return run(source, prefixes, prefix_count, low, high, every, t, n, counts, stream);
+  return run(source, prefixes, prefix_count, low, high, t, n, counts, stream);
 }
 
 int drop_rescale(

@@ -33,11 +33,11 @@ int entry_merge(
     Float out_kind, const EntrySource* sources, int count, EntryRule rule, int64_t t, int64_t n, void* out, void* sizes,
     int* votes, cudaStream_t stream);
 
-// counts (prefixes, 2^(high - low) + 1) of entries that are rounded to f32 or f64 and whose bits are read as those of a
-// float, or of a double if `wide`. One tile of `every` is looked at.
+// counts (prefixes, 2^(high - low)) of entries that are rounded to f32 or f64 and whose bits are read as those of a
+// float, or of a double if `wide`.
 int entry_counts(
     Float entry_kind, bool wide, EntrySource source, const int64_t* prefixes, int prefix_count, int low, int high,
-    int64_t every, int64_t t, int64_t n, int64_t* counts, cudaStream_t stream);
+    int64_t t, int64_t n, int64_t* counts, cudaStream_t stream);
 
 // tile (t, n) of row stride ld, times gain where an entry's draw is below the limit, else times 0.
 int drop_rescale(

@@ -43,7 +43,9 @@ Held hold(const char* op, const Tensor& left, const Tensor* right, double scalin
   Held held{unit_stride(left), unit_stride(*right), source};
   held.source.kind = Float::f64;
   held.source.left = held.left.const_data_ptr();
-  held.source.right = held.right->const_data_ptr<double>();
+  // A tensor without entries may have no address, and null would say that the update is dense.
+  static const double nothing = 0.0;
+  held.source.right = held.right->numel() == 0 ? &nothing : held.right->const_data_ptr<double>();
   held.source.ld_left = held.left.stride(0);
   held.source.ld_right = held.right->stride(0);
   held.source.r = left.size(1);
@@ -126,9 +128,9 @@ Tensor merge(
 
 void counts_(
     Tensor counts, const Tensor& left, std::optional<Tensor> right, double scaling, ScalarType dtype, bool wide,
-    std::vector<int64_t> prefixes, int64_t low, int64_t high, int64_t every) {
+    std::vector<int64_t> prefixes, int64_t low, int64_t high) {
   constexpr const char* op = "entry_counts_";
-  check_shapes(op, "counts", counts, 2, "(prefixes, 2^(high - low) + 1)");
+  check_shapes(op, "counts", counts, 2, "(prefixes, 2^(high - low))");
   check_devices(op, {{"counts", counts}, {"left", left}});
   check_dtype(op, "counts", counts, {ScalarType::Long});
   if (low < 0 || high <= low || high > (wide ? 63 : 31) || high - low > 20) {
@@ -137,10 +139,7 @@ void counts_(
         std::string("at most 20 of ") + (wide ? "63" : "31") + " bits");
   }
   check_size(op, "counts", counts, 0, static_cast<int64_t>(prefixes.size()), "number of prefixes");
-  check_size(op, "counts", counts, 1, (int64_t{1} << (high - low)) + 1, "values of a digit, and one for what is above");
-  if (every < 1) {
-    refuse(op, "every", "value " + std::to_string(every), "1 or more");
-  }
+  check_size(op, "counts", counts, 1, int64_t{1} << (high - low), "values of a digit");
   if (!counts.is_contiguous()) {
     refuse(op, "counts", "rows that lie apart", "a contiguous tensor");
   }
@@ -150,7 +149,7 @@ void counts_(
   check_launch(
       op, entry_counts(
               kind, wide, held.source, prefixes.data(), static_cast<int>(prefixes.size()), static_cast<int>(low),
-              static_cast<int>(high), every, left.size(0), columns_of(held), counts.mutable_data_ptr<int64_t>(),
+              static_cast<int>(high), left.size(0), columns_of(held), counts.mutable_data_ptr<int64_t>(),
               stream_of(left)));
 }
 

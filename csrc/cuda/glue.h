@@ -33,7 +33,9 @@ inline void check_devices(const char* op, std::initializer_list<Operand> operand
 // PyTorch's current stream of the tensor's GPU.
 inline cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("PyTorch does not say what its current CUDA stream is"); // torch 2.11 has no macro for this
+  }
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -167,8 +167,7 @@ int gram_factor(
   }
   const bool inside = fits(R, shared_limit);
   const size_t shared = static_cast<size_t>((small_doubles(R) + (inside ? R * R : 0)) * 8);
-  const int failed = static_cast<int>(cudaFuncSetAttribute(
-      gram_factor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  const int failed = allow_most_shared(gram_factor_kernel);
   if (failed != 0) {
     return failed;
   }

@@ -120,8 +120,7 @@ int decompose(
     const void* C, bool wide, int64_t count, int m, int n, int sweeps, const Plan& plan, double* scratch,
     const Result& to, cudaStream_t stream) {
   const auto kernel = jacobi_svd_kernel<kInside>;
-  const int failed = static_cast<int>(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+  const int failed = allow_most_shared(kernel);
   if (failed != 0) {
     return failed;
   }

@@ -41,6 +41,7 @@ __device__ __forceinline__ int sweep_columns(const Work& k, int most, double tol
           dot += x[i] * y[i];
         }
         dot = group_sum(dot);
+        __syncwarp(); // a shuffle orders no memory: all lanes have read the norms before one of them writes
         if (live && fabs(dot) > tolerance * sqrt(big * small)) {
           const Rotation turn = rotation_of(big, small, dot);
           rotate(x, y, turn, lane, kGroup, k.n);

@@ -54,12 +54,12 @@ LF_CASE(entry_merge) {
 LF_CASE(entry_counts) {
   const EntrySource source = source_of(c, "");
   const int64_t low = c.integer("low"), high = c.integer("high"), prefixes = c.size("prefixes", 0);
-  const int64_t size = (int64_t{1} << (high - low)) + 1;
+  const int64_t size = int64_t{1} << (high - low);
   int64_t* counts = c.make<int64_t>("counts", "i64", {prefixes, size});
   std::memset(counts, 0, static_cast<size_t>(prefixes * size) * sizeof(int64_t));
   return entry_counts(
       c.integer("wide") ? Float::f64 : Float::f32, c.integer("compared_wide") != 0, source, c.data<int64_t>("prefixes"),
-      static_cast<int>(prefixes), static_cast<int>(low), static_cast<int>(high), c.integer("every"), c.size("left", 0),
+      static_cast<int>(prefixes), static_cast<int>(low), static_cast<int>(high), c.size("left", 0),
       source.right ? c.size("right", 1) : c.size("left", 1), counts, nullptr);
 }
 

@@ -183,7 +183,7 @@ def _rsvd(width: int, modules: int, rank: int, device: torch.device) -> Work:
         },
         exact=lambda: _least(wanted, rank),
         rtol=0.03,  # what a sketch with 8 columns more and two power steps misses beyond the best
-        own={"document": 0.1},  # no column more
+        own={"document": 0.25},  # no column more
         numbers=_misses(wanted),
         peer="document",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,20 @@ class Page:
         title: A line above it.
         headers: Titles of the columns.
         rows: Cells; None for what was not measured.
+        spare: Headers of the columns that a narrow terminal may do without, the first to go first.
     """
 
     title: str
     headers: list[str]
     rows: list[list[object]]
+    spare: tuple[str, ...] = ()
+
+    def without(self, names: Collection[str]) -> Page:
+        """The page less some columns."""
+        kept = [at for at, header in enumerate(self.headers) if header not in names]
+        return Page(
+            self.title, [self.headers[at] for at in kept], [[row[at] for at in kept] for row in self.rows], self.spare
+        )
 
 
 def pages(result: Row) -> list[Page]:
@@ -53,7 +62,8 @@ def all_rows(result: Row) -> Page:
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    return Page("All timings", headers, cells)
+    spare = ("allowed", "GFLOP/s", "GB/s", "peak MiB", "roofline %", "runs", "IQR ms", "group", "error")
+    return Page("All timings", headers, cells, spare)
 
 
 def comparison_page(comparison: Row) -> Page:
@@ -64,7 +74,7 @@ def comparison_page(comparison: Row) -> Page:
         for r in comparison["rows"]
     ]  # fmt: skip
     headers = ["group", "case", "form", "stored ms", "now ms", "now / stored", "spread", "verdict"]
-    return Page(f"Against {comparison['file']}", headers, rows)
+    return Page(f"Against {comparison['file']}", headers, rows, ("spread", "group", "stored ms"))
 
 
 def heading(result: Row) -> list[str]:
@@ -123,7 +133,8 @@ def _kernels(result: Row, rows: list[Row]) -> list[Page]:
                 _percent(own["roofline"]) if own else None, own["error"] if own else None,
             ]
         )  # fmt: skip
-    return [Page(f"Operators: compiled ({ours}) against PyTorch on {result['device']}", headers, cells)]
+    title = f"Operators: compiled ({ours}) against PyTorch on {result['device']}; above x 1 the compiled form is faster"
+    return [Page(title, headers, cells, ("GB/s", "GFLOP/s", "roofline %", "error", "reference ms", "torch ms"))]
 
 
 def _merge(result: Row, rows: list[Row]) -> list[Page]:
@@ -139,7 +150,8 @@ def _merge(result: Row, rows: list[Row]) -> list[Page]:
                 own["error"],
             ]
         )  # fmt: skip
-    return [Page(f"Merges in memory: {sizes}, 2 adapters", headers, cells)]
+    title = f"Merges in memory: {sizes}, 2 adapters; above x 1 loraforge is faster"
+    return [Page(title, headers, cells, ("error", *(f"{p} ms" for p in reversed(peers))))]
 
 
 def _iteris(result: Row, rows: list[Row]) -> list[Page]:

@@ -20,7 +20,7 @@ def load_result(path: Path) -> dict[str, Any]:
     """A stored result.
 
     Raises:
-        LoraforgeError: The file is missing, no JSON, of another schema, or its rows lack what a comparison needs.
+        LoraforgeError: The file is missing, no JSON, of another schema, or lacks what a comparison needs.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -36,8 +36,8 @@ def load_result(path: Path) -> dict[str, Any]:
             "the file holds no results of `loraforge bench`", where=path, got=got, expected=f"schema {SCHEMA}"
         )
     rows = found.get("rows")
-    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-        expected = f"rows with {', '.join((*_NAMES, *_FIGURES))}"
+    if not isinstance(found.get("machine"), dict) or not isinstance(rows, list) or not all(map(_is_row, rows)):
+        expected = f"an object `machine`, and rows with {', '.join((*_NAMES, *_FIGURES))}"
         raise LoraforgeError("the stored results are incomplete", where=path, expected=expected)
     return found
 

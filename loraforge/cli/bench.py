@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loraforge.cli import _options as opt
 from loraforge.cli._errors import CHECK_FAILED
-from loraforge.cli._output import Output, json_ready
+from loraforge.cli._output import Output, human_number, json_ready
 from loraforge.errors import UsageError
+
+if TYPE_CHECKING:
+    from loraforge.bench.tables import Page
 
 Groups = Annotated[
     list[str] | None,
@@ -71,7 +74,7 @@ def bench(
             )  # fmt: skip
         _write(result, *files)
         voice.result(result)
-        _print(voice, result)
+        print_result(voice, result)
         for file in files:
             if file is not None:
                 voice.line(f"written to {file}")
@@ -119,7 +122,7 @@ def _write(result: dict[str, Any], out: Path | None, plot: Path | None) -> None:
             save_bench_picture(draft, result)
 
 
-def _print(voice: Output, result: dict[str, Any]) -> None:
+def print_result(voice: Output, result: dict[str, Any]) -> None:
     """Where and how, a table a group, what was left out, and the comparison."""
     from loraforge.bench.tables import all_rows, comparison_page, heading, pages, skipped_lines
 
@@ -129,12 +132,31 @@ def _print(voice: Output, result: dict[str, Any]) -> None:
     if "comparison" in result:
         shown.append(comparison_page(result["comparison"]))
     for page in shown:
-        voice.table(page.headers, [[_short(cell) for cell in row] for row in page.rows], title=page.title)
+        _print_page(voice, page)
     for line in skipped_lines(result):
         voice.note(line)
     for note in result.get("comparison", {}).get("notes", ()):
         voice.note(f"note: {note}")
     voice.line(f"\n{len(result['rows'])} timings in {result['seconds']:.0f} s")
+
+
+def _print_page(voice: Output, page: Page) -> None:
+    """A table with as many columns as the terminal has room for: one that is too wide would have its numbers cut."""
+    rows = [[_short(cell) for cell in row] for row in page.rows]
+    widths = {
+        header: max([len(header), *(len(human_number(row[at])) for row in rows)])
+        for at, header in enumerate(page.headers)
+    }
+    left_out: list[str] = []
+    for header in page.spare:
+        if voice.has_room(sum(widths.values()) + 2 * len(widths)):
+            break
+        del widths[header]
+        left_out.append(header)
+    narrow = page.without(left_out)
+    voice.table(narrow.headers, [[_short(cell) for cell in row] for row in narrow.rows], title=page.title)
+    if left_out:
+        voice.line(f"no room here for: {', '.join(left_out)}; --json and --out have them")
 
 
 def _short(cell: object) -> object:

@@ -1,9 +1,9 @@
 """Counts of the digits of magnitudes: what an exact order statistic needs of a pass over a delta.
 
 The bits of a non-negative float, read as a whole number, are in the order of the floats. Of the entries whose bits from
-`high` on are a given prefix, the operator counts how often each value of the bits low .. high - 1 occurs, and how many
-entries are above all of these. The entries are formed as by `entry_merge` and kept nowhere. Whole numbers add up in any
-order, so counts are the same whatever the threads and the device.
+`high` on are a given prefix, the operator counts how often each value of the bits low .. high - 1 occurs. The entries
+are formed as by `entry_merge` and kept nowhere. Whole numbers add up in any order, so counts are the same whatever the
+threads and the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ def entry_counts_reference(
     prefixes: Sequence[int],
     low: int,
     high: int,
-    every: int,
     step: int,
 ) -> None:
     """`entry_counts_` in PyTorch, a tile of `step` rows at a time."""
@@ -41,15 +40,13 @@ def entry_counts_reference(
     m, n = part.shape
     tile, product = (left.new_empty((min(step, m), n), dtype=kind) for kind in (dtype, torch.float64))
     whole, width = WHOLE[compared]
-    for start in range(0, m, step * every):
+    for start in range(0, m, step):
         rows = min(step, m - start)
         part.fill(start, tile[:rows], product[:rows])
         bits = tile[:rows].to(compared).view(-1).view(whole) & ((1 << width) - 1)
         for counted, prefix in zip(counts, prefixes, strict=True):
-            if high < width:
-                counted[-1] += (bits >= (prefix + 1) << high).sum()
             found = bits if high == width else _agreeing(bits, prefix << high, (prefix + 1) << high)
-            counted[:-1] += torch.bincount((found >> low) - (prefix << (high - low)), minlength=1 << (high - low))
+            counted += torch.bincount((found >> low) - (prefix << (high - low)), minlength=1 << (high - low))
 
 
 @torch.no_grad()
@@ -64,14 +61,12 @@ def entry_counts_(
     prefixes: Sequence[int],
     low: int,
     high: int,
-    every: int = 1,
     step: int = 32,
 ) -> None:
     """Adds the counts of one digit of an adapter's entries.
 
     Args:
-        counts: (prefixes, 2^(high - low) + 1) int64, contiguous, on the device of `left`; the last of a row counts the
-            entries above the prefix.
+        counts: (prefixes, 2^(high - low)) int64, contiguous, on the device of `left`.
         left: (m, r) float64; of a dense update (m, n) of any float dtype.
         right: (r, n) float64; None for a dense update.
         scaling: Factor of a dense update.
@@ -80,7 +75,6 @@ def entry_counts_(
         prefixes: What the bits from `high` on must be; [0] for the top digit, of which all entries have it.
         low: Lowest bit of the digit.
         high: Bit above the digit; 31 or 63 (the sign's place) for the top one.
-        every: Only one tile of so many is looked at, for a first guess; which ones is the form's own choice.
         step: Rows that the PyTorch form works on at a time.
 
     Raises:
@@ -94,13 +88,13 @@ def entry_counts_(
             expected=f"at most {_MOST_BITS} bits below the sign of float32 or float64",
         )
     check_source("entry_counts_", left, right)
-    require("entry_counts_", "counts", counts, (len(prefixes), (1 << (high - low)) + 1), (torch.int64,))
+    require("entry_counts_", "counts", counts, (len(prefixes), 1 << (high - low)), (torch.int64,))
     tensors = [counts, left] if right is None else [counts, left, right]
     if backend.takes_native("entry_counts_", *tensors):
         wide = compared == torch.float64
-        torch.ops.loraforge.entry_counts_(counts, left, right, scaling, dtype, wide, list(prefixes), low, high, every)
+        torch.ops.loraforge.entry_counts_(counts, left, right, scaling, dtype, wide, list(prefixes), low, high)
     else:
-        entry_counts_reference(counts, left, right, scaling, dtype, compared, prefixes, low, high, every, step)
+        entry_counts_reference(counts, left, right, scaling, dtype, compared, prefixes, low, high, step)
 
 
 @backend.fake("entry_counts_")
@@ -114,7 +108,6 @@ def _entry_counts_fake(
     prefixes: list[int],
     low: int,
     high: int,
-    every: int,
 ) -> None:
     return None
 

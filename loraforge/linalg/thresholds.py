@@ -81,7 +81,7 @@ class Selection:
             self._prefixes, self._left = [0] * len(ranks), list(ranks)
         low, high = self._bounds()
         for index, counts in enumerate(
-            self._counts[:, :-1].cpu().numpy().repeat(len(ranks) if self._digit == 0 else 1, axis=0)
+            self._counts.cpu().numpy().repeat(len(ranks) if self._digit == 0 else 1, axis=0)
         ):
             above = np.cumsum(counts[::-1])
             # Entries that were not given count as zeros: they are below all that were.
@@ -110,7 +110,7 @@ class Selection:
     def _zeros(self) -> Tensor:
         """A counter for each value of the current digit, for each k."""
         low, high = self._bounds()
-        return torch.zeros(len(self._prefixes), (1 << (high - low)) + 1, dtype=torch.int64)
+        return torch.zeros(len(self._prefixes), 1 << (high - low), dtype=torch.int64)
 
 
 def largest(

@@ -57,6 +57,7 @@ def test_what_only_one_side_has_and_what_differs_is_told() -> None:
         ('{"schema": 99}', "schema 99"),
         ('{"schema": 1, "rows": [{"group": "a"}]}', "incomplete"),
         ('{"schema": 1}', "incomplete"),
+        ('{"schema": 1, "rows": [], "machine": "m"}', "incomplete"),
     ],
 )
 def test_files_that_cannot_be_compared_with(tmp_path: Path, text: str | None, word: str) -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typer.testing import Result
 import loraforge.bench.run as bench_run
 from loraforge.bench.cases import Case, Work
 from loraforge.bench.verdicts import compare, load_result
+from loraforge.cli._output import Output
+from loraforge.cli.bench import print_result
 from tests.bench.stored import stored_result
 
 from .conftest import only_object
@@ -57,6 +62,26 @@ def test_tables_go_to_stdout_and_reasons_to_stderr(run: Run, measured: list[dict
     assert "All timings" not in result.stdout and "All timings" in run("bench", "-v").stdout
     quiet = run("bench", "--quiet")
     assert quiet.stdout == "" and quiet.stderr == "" and quiet.exit_code == 0
+
+
+@pytest.mark.parametrize(("columns", "lacking"), [(160, ()), (100, ("GB/s", "roofline %")), (80, ("GB/s", "error"))])
+def test_a_narrow_terminal_leaves_columns_out_and_cuts_no_number(
+    monkeypatch: pytest.MonkeyPatch, columns: int, lacking: tuple[str, ...]
+) -> None:
+    long = "an_operator_of_a_long_name 24 x S=1,024 R=32"
+    row = {"group": "kernels", "case": long, "seconds": 1.2345e-3, "gb_per_s": 0.1234, "gflop_per_s": 12.34}
+    row |= {"roofline": 0.1234, "error": 1.234e-12}
+    result = stored_result(groups=["kernels"], rows=[row | {"form": form} for form in ("reference", "torch", "cpu")])
+    page = io.StringIO()
+    monkeypatch.setattr(page, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", page)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    print_result(Output(), result)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", page.getvalue())
+    table = next(part for part in text.split("\n\n") if "Operators" in part).splitlines()
+    assert max(len(line.rstrip()) for line in table[1:4]) <= columns
+    assert all(header not in table[1] for header in lacking) and ("no room" in text) == bool(lacking)
+    assert table[3].startswith(long) and table[3].split()[-1] == ("1.23e-12" if columns == 160 else "1")
 
 
 def test_json_out_and_plot(run: Run, measured: list[dict[str, Any]], tmp_path: Path) -> None:

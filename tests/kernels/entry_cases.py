@@ -64,12 +64,11 @@ def counts(values: Array, prefixes: list[int], low: int, high: int) -> Array:
     word = {4: np.uint32, 8: np.uint64}[values.dtype.itemsize]
     bits = [int(b) for b in np.abs(np.ravel(values)).view(word)]
     width = 1 << (high - low)
-    table = np.zeros((len(prefixes), width + 1), dtype=np.int64)
+    table = np.zeros((len(prefixes), width), dtype=np.int64)
     for row, prefix in zip(table, prefixes, strict=True):
         for b in bits:
             if b >> high == prefix:
                 row[(b >> low) % width] += 1
-        row[-1] = sum(b >> high > prefix for b in bits)
     return table
 
 

@@ -152,7 +152,7 @@ def test_counts_against_numpy(path, entries, compared):
     for prefixes, low, high in (([0], 47, 63), ([prefix >> 47, 0], 31, 47)) if wide else (
         ([0], 15, 31), ([prefix >> 15, prefix >> 15, 0], 0, 15), ([prefix >> 18, 3], 0, 18)
     ):  # fmt: skip
-        table = torch.ones(len(prefixes), (1 << (high - low)) + 1, dtype=torch.int64)
+        table = torch.ones(len(prefixes), 1 << (high - low), dtype=torch.int64)
         entry_counts_(
             table, torch.from_numpy(values), None, dtype=entries, compared=compared, prefixes=prefixes, low=low,
             high=high,
@@ -164,19 +164,10 @@ def test_counts_against_numpy(path, entries, compared):
 def test_counts_of_products(path, n):
     part = cases.parts(45, n)[2]
     whole = (part.left @ part.right).float().numpy()
-    table = torch.zeros(1, 2**16 + 1, dtype=torch.int64)
+    table = torch.zeros(1, 2**16, dtype=torch.int64)
     given = {"dtype": torch.float32, "compared": torch.float32, "prefixes": [0], "low": 15, "high": 31}
     entry_counts_(table, part.left, part.right, **given)
     assert (table.numpy() == cases.counts(whole, [0], 15, 31)).all() and table.sum() == 45 * n
-
-
-def test_counts_of_some_tiles_are_some_of_the_counts(path):
-    part = cases.parts(300, 700, (4,))[0]
-    given = {"dtype": torch.float32, "compared": torch.float32, "prefixes": [0], "low": 15, "high": 31}
-    whole, some = torch.zeros(2, 1, 2**16 + 1, dtype=torch.int64)
-    entry_counts_(whole, part.left, part.right, **given)
-    entry_counts_(some, part.left, part.right, every=4, step=8, **given)
-    assert (some <= whole).all() and 0.15 < some.sum() / whole.sum() < 0.35
 
 
 def test_results_do_not_depend_on_threads_or_on_how_rows_are_cut(native, rng, threads):
@@ -187,7 +178,7 @@ def test_results_do_not_depend_on_threads_or_on_how_rows_are_cut(native, rng, th
     found = []
     for count in (1, 2, 3):
         threads(count)
-        table = torch.zeros(1, 2**16 + 1, dtype=torch.int64)
+        table = torch.zeros(1, 2**16, dtype=torch.int64)
         entry_counts_(
             table, left[0], right[0], dtype=torch.float32, compared=torch.float32, prefixes=[0], low=15, high=31
         )
@@ -235,6 +226,6 @@ def test_numbers_out_of_range_are_refused(path):
         drop_rescale_(torch.ones(2, 2), 0, 0, SPAN, 1.0)
     f32 = torch.float32
     with pytest.raises(LoraforgeError, match="no such digit"):
-        entry_counts_(torch.zeros(1, 3).long(), torch.ones(2, 2), None, dtype=f32, compared=f32, prefixes=[0], low=31, high=32)  # fmt: skip # noqa: E501
+        entry_counts_(torch.zeros(1, 2).long(), torch.ones(2, 2), None, dtype=f32, compared=f32, prefixes=[0], low=31, high=32)  # fmt: skip # noqa: E501
     with pytest.raises(LoraforgeError, match="counts has the wrong shape"):
-        entry_counts_(torch.zeros(1, 4).long(), torch.ones(2, 2), None, dtype=f32, compared=f32, prefixes=[0], low=29, high=31)  # fmt: skip # noqa: E501
+        entry_counts_(torch.zeros(1, 5).long(), torch.ones(2, 2), None, dtype=f32, compared=f32, prefixes=[0], low=29, high=31)  # fmt: skip # noqa: E501

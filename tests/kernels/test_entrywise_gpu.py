@@ -35,7 +35,7 @@ def test_merge_has_the_bits_of_the_cpu(n, elect, dense):
 def test_counts_and_draws_are_those_of_the_cpu():
     part = cases.parts(301, 1031, (18,))[0]
     for prefixes, low, high in (([0], 15, 31), ([0x3F800000 >> 15, 0x40000000 >> 15], 0, 15)):
-        size = (len(prefixes), (1 << (high - low)) + 1)
+        size = (len(prefixes), 1 << (high - low))
         tables = [torch.zeros(size, dtype=torch.int64, device=device) for device in ("cpu", "cuda")]
         for table, one in zip(tables, (part, on_gpu(part)), strict=True):
             entry_counts_(

@@ -70,8 +70,8 @@ def _samples():
             ([x.bfloat16()], [], [0.5], [1.0], [0.0], [float("inf")], [0, 0], 2**32, 1.0, 0, False, F64),
         ],
         "entry_counts_": [
-            (torch.zeros(1, 2**16 + 1).long(), square, square, 1.0, torch.float32, False, [0], 15, 31, 1),
-            (torch.zeros(2, 2**16 + 1).long(), x, None, 2.0, F64, True, [3, 4], 31, 47, 2),
+            (torch.zeros(1, 2**16).long(), square, square, 1.0, torch.float32, False, [0], 15, 31),
+            (torch.zeros(2, 2**16).long(), x, None, 2.0, F64, True, [3, 4], 31, 47),
         ],
         "drop_rescale_": [(x.clone(), 1, -2, 3, 2**31, 2.0), (x.double().T, 1, 2, 0, 5, 1.0)],
         "jacobi_svd": [(x[None], 9), (x.double().T.expand(2, 5, 7), 9), (x[None, :0], 9)],

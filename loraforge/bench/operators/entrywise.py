@@ -98,17 +98,17 @@ def _dense(pairs: list[tuple[Tensor, Tensor]], weight: float, low: float, *, ele
 
 
 def _counts(m: int, n: int, r: int, device: torch.device) -> Work:
-    """The top digit of float32 magnitudes, which all entries have; the last count is of those above, here none."""
+    """The top digit of float32 magnitudes, which all entries have."""
     draws, narrow = Draws(device), torch.float32
     left, right = (draws.normal(*shape, dtype=torch.float64) for shape in ((m, r), (r, n)))
     buckets = 1 << (_WIDTH - _TOP)
     counts = {
-        name: torch.zeros(1, buckets + 1, dtype=torch.int64, device=device) for name in ("reference", "native", "torch")
+        name: torch.zeros(1, buckets, dtype=torch.int64, device=device) for name in ("reference", "native", "torch")
     }
 
     def reference() -> Tensor:
         entry_counts.entry_counts_reference(
-            counts["reference"], left, right, 1.0, narrow, narrow, [0], _TOP, _WIDTH, 1, _step(n)
+            counts["reference"], left, right, 1.0, narrow, narrow, [0], _TOP, _WIDTH, _step(n)
         )
         return counts["reference"]
 
@@ -121,11 +121,11 @@ def _counts(m: int, n: int, r: int, device: torch.device) -> Work:
 
     def plain() -> Tensor:
         bits = (left @ right).to(narrow).abs().view(torch.int32).flatten()
-        return counts["torch"].add_(torch.bincount(bits >> _TOP, minlength=buckets + 1))
+        return counts["torch"].add_(torch.bincount(bits >> _TOP, minlength=buckets))
 
     def exact() -> list[Tensor]:
         bits = (left @ right).to(narrow).abs().view(torch.int32).flatten()
-        return [torch.bincount(bits >> _TOP, minlength=buckets + 1)[None]]
+        return [torch.bincount(bits >> _TOP, minlength=buckets)[None]]
 
     return Work(
         forms={"reference": reference, "torch": plain, "native": native},

@@ -66,6 +66,8 @@ def document_rsvd(pairs: Sequence[LowRank], rank: int) -> LowRank:
     one, two = (pair.delta() for pair in pairs)
     n1, n2 = (float(part.norm()) + _EPS for part in (one, two))
     w = 0.5 if min(n1, n2) / max(n1, n2) < 0.5 else n1 / (n1 + n2)
-    U, S, V = torch.svd_lowrank(w * one + (1.0 - w) * two, q=rank, niter=2)
+    with torch.random.fork_rng(devices=[one.device] if one.is_cuda else []):
+        torch.manual_seed(0)  # its draws come from the global generator
+        U, S, V = torch.svd_lowrank(w * one + (1.0 - w) * two, q=rank, niter=2)
     root = (S + _EPS).sqrt()
     return LowRank(U * root, root[:, None] * V.T)
