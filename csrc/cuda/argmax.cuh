@@ -41,8 +41,8 @@ inline int64_t most_shared() {
 }
 
 // Lets a kernel have all of that memory, whatever a launch takes: threads that launch it with different sizes then never
-// lower the limit under each other. The kernel has no static shared memory. 0 is success; a failure is not left behind as
-// the last error, where the next launch would find it.
+// lower each other's limit. The kernel has no static shared memory. 0 is success; a failure does not stay behind as the
+// last error, where the next launch would find it.
 template <typename Kernel>
 int allow_most_shared(Kernel kernel) {
   const auto bytes = static_cast<int>(most_shared());

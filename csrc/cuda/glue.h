@@ -33,8 +33,9 @@ inline void check_devices(const char* op, std::initializer_list<Operand> operand
 // PyTorch's current stream of the tensor's GPU.
 inline cudaStream_t stream_of(const Tensor& t) {
   void* stream = nullptr;
+  // By hand: the macro for this is younger than torch 2.11.
   if (aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error("PyTorch does not say what its current CUDA stream is"); // torch 2.11 has no macro for this
+    throw std::runtime_error("PyTorch does not say what its current CUDA stream is");
   }
   return static_cast<cudaStream_t>(stream);
 }

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
-OURS = ("cpu", "cuda", "loraforge")
 MEBI = 2**20
 
 
@@ -95,6 +94,9 @@ def heading(result: Row) -> list[str]:
     if ceilings is not None:
         rates = ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in ceilings["flops_per_second"].items())
         lines.append(f"ceilings: copy {ceilings['bytes_per_second'] / 1e9:.3g} GB/s; products, GFLOP/s: {rates}")
+        lines.append(
+            "roofline: share of the nearer ceiling; above 100 % in caches, or where the machine was slower just then"
+        )
     return lines
 
 
@@ -160,7 +162,8 @@ def _iteris(result: Row, rows: list[Row]) -> list[Page]:
         [r["form"], r["seconds"], r["iqr"], r["speedup"], _mebi(r["peak_bytes"]), r["objective"], r["error"]]
         for r in rows
     ]
-    return [Page(f"Calibrated merge beside the document's loop: {rows[0]['case']}", headers, cells)]
+    title = f"Calibrated merge beside the document's loop: {rows[0]['case']}; iteris-plus solves another problem"
+    return [Page(title, headers, cells)]
 
 
 def _scale(result: Row, rows: list[Row]) -> list[Page]:
@@ -170,7 +173,12 @@ def _scale(result: Row, rows: list[Row]) -> list[Page]:
         axis = own["op"]
         cells.append([axis, own["size"][axis], _ms(own), _mebi(own["peak_bytes"]), _ms(other), _times(other, own)])
     headers = ["axis", "value", "loraforge ms", "peak MiB", "dense torch ms", "x torch"]
-    found = [Page("Scale: an svd merge (tokens: a sweep), one size at a time", headers, cells)]
+    fixed: dict[str, object] = {}
+    for row in rows:
+        if row["op"] != "tokens":
+            fixed |= {name: value for name, value in row["size"].items() if name != row["op"] and name not in fixed}
+    others = ", ".join(f"{name} {value}" for name, value in fixed.items())
+    found = [Page(f"Scale: an svd merge (tokens: a sweep), one size at a time, the others at {others}", headers, cells)]
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for fit in result["fits"]:
         lines.setdefault((fit["axis"], fit["form"]), {})[fit["quantity"]] = fit
@@ -179,7 +187,7 @@ def _scale(result: Row, rows: list[Row]) -> list[Page]:
         for (axis, form), fits in lines.items()
         if "seconds" in fits
     ]
-    columns = ["axis", "form", "points", "time ~ axis^", "+-", "memory ~ axis^", "+-"]
+    columns = ["axis", "form", "points", "time ~ axis^", "+- (time)", "memory ~ axis^", "+- (memory)"]
     return [*found, Page("Exponents of the range measured, with standard errors", columns, exponents)]
 
 

@@ -12,6 +12,7 @@ from loraforge.errors import LoraforgeError
 SCHEMA = 1
 FENCE = 1.5  # of an interquartile range, as far as Tukey lets whiskers go
 FEWEST = 3  # timings below which a spread says nothing
+PEERS = ("reference", "torch", "peft", "document")
 _NAMES = ("group", "case", "form", "device")
 _FIGURES = ("seconds", "iqr", "runs")
 
@@ -108,5 +109,6 @@ def _notes(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[str]:
 
 
 def too_slow(comparison: Mapping[str, Any], limit: float) -> list[dict[str, Any]]:
-    """The rows whose verdict is "slower" and whose ratio is above `limit`."""
-    return [row for row in comparison["rows"] if row["verdict"] == "slower" and row["ratio"] > limit]
+    """The rows of this program, not of its peers, whose verdict is "slower" and whose ratio is above `limit`."""
+    own = [row for row in comparison["rows"] if row["form"] not in PEERS]
+    return [row for row in own if row["verdict"] == "slower" and row["ratio"] > limit]

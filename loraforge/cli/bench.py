@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,8 +80,8 @@ def bench(
             if file is not None:
                 voice.line(f"written to {file}")
         problems = _problems(result, fail_over)
-    for problem in problems:
-        voice.note(f"a check failed: {problem}")
+    for problem in problems:  # an exit code without a word helps nobody, so this is said with --quiet as well
+        sys.stderr.write(f"a check failed: {problem}\n")
     if problems:
         raise typer.Exit(CHECK_FAILED)
 
@@ -135,8 +136,12 @@ def print_result(voice: Output, result: dict[str, Any]) -> None:
         _print_page(voice, page)
     for line in skipped_lines(result):
         voice.note(line)
-    for note in result.get("comparison", {}).get("notes", ()):
+    comparison = result.get("comparison", {})
+    for note in comparison.get("notes", ()):
         voice.note(f"note: {note}")
+    for side, names in (("now", comparison.get("only_new")), ("stored", comparison.get("only_old"))):
+        if names:
+            voice.note(f"not compared: {len(names)} timings only {side} (first: {names[0]})")
     voice.line(f"\n{len(result['rows'])} timings in {result['seconds']:.0f} s")
 
 
@@ -170,6 +175,8 @@ def _problems(result: dict[str, Any], fail_over: float | None) -> list[str]:
 
     found = [_wrong(failure) for failure in result["failures"]]
     if fail_over is not None:
+        if not result["comparison"]["rows"]:
+            found.append("no timing is in both results, so --fail-over has nothing to judge")
         found += [
             f"{row['group']} {row['case']} {row['form']} takes {row['ratio']:.2f} times as long as stored"
             for row in too_slow(result["comparison"], fail_over)

@@ -31,7 +31,7 @@ def doctor(
         _print(voice, environment, kernels, tests)
     if not healthy:
         failed = ", ".join(test["op"] for test in tests if not test["ok"])
-        voice.note(f"a check failed: {failed}")
+        sys.stderr.write(f"a check failed: {failed}\n")
         raise typer.Exit(CHECK_FAILED)
 
 
