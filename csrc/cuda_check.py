@@ -43,6 +43,13 @@ RECORDED: dict[tuple[str, str, str], int] = {}
 ALLOWED = re.compile(r"^(aoti_torch_|torch_)\w+$|@(GLIBC|GLIBCXX|CXXABI|GCC|libcudart)|^(_ITM_|__gmon_start__)")
 
 
+# Macros of torch's stable headers that torch 2.11 has as well: those of a newer torch are not hidden by the target.
+MACRO = re.compile(r"\b(?:STABLE_TORCH|STD_TORCH|STD_CUDA|AOTI_TORCH|THO|TORCH)_[A-Z_]+\b")
+MACROS = {
+    "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_IMPL", "TORCH_BOX", "AOTI_TORCH_SUCCESS", "TORCH_TARGET_VERSION"
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What the assembler says of one kernel on one architecture."""
@@ -175,6 +182,9 @@ def check(jobs: int) -> tuple[list[Kernel], list[str]]:
         seen = {k.arch for k in kernels if k.source == source.name}
         if "__global__" in source.read_text() and seen != set(ARCHS):
             faults.append(f"{source.name} gave kernels for {sorted(seen)}, expected {sorted(ARCHS)}")
+    for source in sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")):
+        unknown = set(MACRO.findall(source.read_text())) - MACROS
+        faults += [f"{source.name} uses {name}, which torch 2.11 may not have" for name in sorted(unknown)]
     faults += [f"the library asks for {name}" for name in foreign_symbols([o for o, _ in made], nvcc)]
     return kernels, faults
 

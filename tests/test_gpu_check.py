@@ -48,7 +48,7 @@ esac
 SANITIZER = """#!/usr/bin/env bash
 echo "sanitizer $*" >>"$CALLS"
 [ "${SANITIZER:-works}" = works ] || { echo "========= Error: Device not supported"; exit 1; }
-tool=$2; shift 4; "$@"
+tool=$2; while [[ $1 == --* ]]; do shift 2; done; "$@"
 echo "========= ${tool^^} SUMMARY: 0 errors"
 """
 NVCC = """#!/usr/bin/env bash

@@ -40,7 +40,7 @@ inline int64_t most_shared() {
 #endif
 }
 
-// Lets a kernel have all of that memory, whatever a launch takes: threads that launch it with different sizes then never
+// Lets a kernel have all of that memory, whatever a launch takes: threads that launch it with other sizes then never
 // lower each other's limit. The kernel has no static shared memory. 0 is success; a failure does not stay behind as the
 // last error, where the next launch would find it.
 template <typename Kernel>

@@ -81,6 +81,14 @@ def test_symbols_that_tie_the_build_to_one_torch_are_foreign(check):
     assert not any(check.ALLOWED.search(name) for name in foreign)
 
 
+def test_macros_of_a_newer_torch_are_seen(check):
+    assert check.MACRO.findall("STABLE_TORCH_ERROR_CODE_CHECK(f()); TORCH_BOX(&g)") == [
+        "STABLE_TORCH_ERROR_CODE_CHECK",
+        "TORCH_BOX",
+    ]
+    assert "STABLE_TORCH_ERROR_CODE_CHECK" not in check.MACROS
+
+
 def test_without_nvcc_it_says_so(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | {"PATH": str(tmp_path)}
     done = subprocess.run([sys.executable, str(CHECK)], env=env, capture_output=True, text=True, check=False)
