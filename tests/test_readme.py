@@ -112,7 +112,7 @@ def test_emotion_tables_are_the_stored_ones(marker: str, name: str) -> None:
     assert shown == stored
 
 
-@pytest.mark.parametrize("name", ["iteris-against-loop", "merge-factored", "merge-at-size"])
+@pytest.mark.parametrize("name", ["iteris-against-loop", "merge-factored", "merge-at-size", "entrywise-at-size"])
 def test_speed_figures_are_the_stored_ones(name: str) -> None:
     """Every figure of the speed section that names a results file is in it, rounded as shown."""
     stored = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
