@@ -26,17 +26,9 @@ inline std::string shape_of(const Tensor& t) {
   throw std::runtime_error(std::string(op) + ": " + name + " has " + got + ", expected " + expected);
 }
 
-inline void check_shapes(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
+inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
   if (t.dim() != dim) {
     refuse(op, name, "shape " + shape_of(t), std::string("shape ") + shape);
-  }
-}
-
-// For the CPU operators: the shape, and that the tensor is theirs.
-inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape) {
-  check_shapes(op, name, t, dim, shape);
-  if (!t.is_cpu()) {
-    refuse(op, name, "another device", "a CPU tensor");
   }
 }
 

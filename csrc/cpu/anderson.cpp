@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/isa.h"
 #include "../common/layout.h"
 
@@ -111,11 +111,7 @@ void dots_into(const Tensor& H, const Tensor& f, double* out) {
 }
 
 Tensor anderson_dots(const Tensor& H, const Tensor& f) {
-  check_dim("anderson_dots", "H", H, 2, "(m, P)");
-  check_dim("anderson_dots", "f", f, 1, "(P,)");
-  check_dtype("anderson_dots", "H", H, {ScalarType::Float, ScalarType::Double});
-  check_dtype("anderson_dots", "f", f, {H.scalar_type()});
-  check_size("anderson_dots", "f", f, 0, H.size(1), "P of H");
+  check_anderson_dots(H, f);
   const Tensor rows = unit_stride(H), vector = torch::stable::contiguous(f);
   Tensor out = torch::stable::new_empty(f, {H.size(0) + 1}, ScalarType::Double);
   double* values = out.mutable_data_ptr<double>();
@@ -140,18 +136,7 @@ void mix_into(const Tensor& X, const Tensor& F, const double* a, const double* b
 }
 
 void anderson_mix(const Tensor& X, const Tensor& F, const Tensor& a, double beta, Tensor out) {
-  check_dim("anderson_mix", "X", X, 2, "(m, P)");
-  check_dim("anderson_mix", "F", F, 2, "(m, P)");
-  check_dim("anderson_mix", "a", a, 1, "(m,)");
-  check_dim("anderson_mix", "out", out, 1, "(P,)");
-  check_dtype("anderson_mix", "X", X, {ScalarType::Float, ScalarType::Double});
-  check_dtype("anderson_mix", "F", F, {X.scalar_type()});
-  check_dtype("anderson_mix", "out", out, {X.scalar_type()});
-  check_dtype("anderson_mix", "a", a, {ScalarType::Double});
-  check_size("anderson_mix", "F", F, 0, X.size(0), "m of X");
-  check_size("anderson_mix", "F", F, 1, X.size(1), "P of X");
-  check_size("anderson_mix", "a", a, 0, X.size(0), "m of X");
-  check_size("anderson_mix", "out", out, 0, X.size(1), "P of X");
+  check_anderson_mix(X, F, a, out);
   const Tensor x = unit_stride(X), f = unit_stride(F), c = torch::stable::contiguous(a);
   const double* weights = c.const_data_ptr<double>();
   std::vector<double> damped(static_cast<size_t>(X.size(0)));

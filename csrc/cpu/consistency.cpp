@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/consistency.h"
 #include "../common/float_lanes.h"
 
@@ -141,24 +141,7 @@ struct Operands {
 Operands checked(
     const char* op, const Tensor& P, const Tensor& S, const std::optional<Tensor>& mask, int64_t rule,
     const std::optional<Tensor>& unit) {
-  check_dim(op, "P", P, 2, "(T, H)");
-  check_dim(op, "S", S, 2, "(T, H)");
-  check_dtype(op, "P", P, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype(op, "S", S, {P.scalar_type()});
-  check_size(op, "S", S, 0, P.size(0), "T of P");
-  check_size(op, "S", S, 1, P.size(1), "H of P");
-  if (mask) {
-    check_dim(op, "mask", *mask, 1, "(T,)");
-    check_size(op, "mask", *mask, 0, P.size(0), "T of P");
-    check_dtype(op, "mask", *mask, {ScalarType::Bool, ScalarType::Float, ScalarType::Double});
-  }
-  if (unit) {
-    check_dim(op, "unit", *unit, 0, "()");
-    check_dtype(op, "unit", *unit, {ScalarType::Double});
-  }
-  if (rule < 0 || rule >= kConsistencyRules) {
-    refuse(op, "rule", "value " + std::to_string(rule), "0 to " + std::to_string(kConsistencyRules - 1));
-  }
+  check_consistency(op, P, S, mask, rule, unit);
   constexpr int64_t kEntries = 1 << 16;
   const int64_t rows = std::max<int64_t>(1, kEntries / std::max<int64_t>(1, P.size(1)));
   return {torch::stable::contiguous(P), torch::stable::contiguous(S), P.size(0), P.size(1), rows,

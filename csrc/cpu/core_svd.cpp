@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common/cast.h"
-#include "../common/checks.h"
+#include "../common/operands.h"
 
 namespace loraforge {
 namespace {
@@ -38,11 +38,7 @@ int64_t rank_of(const T* s, int64_t R, double energy) {
 }
 
 Tensor pick_rank(const Tensor& S, double energy, int64_t min_rank, int64_t max_rank) {
-  if (S.dim() != 1) {
-    check_dim("pick_rank", "S", S, 2, "(R,) or (b, R)");
-  }
-  check_dim("pick_rank", "S", S, S.dim(), "(R,) or (b, R)");
-  check_dtype("pick_rank", "S", S, {ScalarType::Float, ScalarType::Double});
+  check_pick_rank(S);
   const Tensor rows = torch::stable::contiguous(S);
   const int64_t R = S.size(S.dim() - 1), b = S.dim() == 2 ? S.size(0) : 1;
   Tensor out = S.dim() == 2 ? torch::stable::new_empty(S, {b}, ScalarType::Long)
@@ -130,22 +126,10 @@ void write_factors(const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t r
 
 std::tuple<Tensor, Tensor> scale_write(
     const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t rank, ScalarType dtype) {
-  check_dim("scale_write", "U", U, 2, "(m, R)");
-  check_dim("scale_write", "S", S, 1, "(R,)");
-  check_dim("scale_write", "Vh", Vh, 2, "(R, n)");
-  check_dtype("scale_write", "S", S, {ScalarType::Float, ScalarType::Double});
-  check_dtype("scale_write", "U", U, {S.scalar_type()});
-  check_dtype("scale_write", "Vh", Vh, {S.scalar_type()});
-  check_size("scale_write", "U", U, 1, S.size(0), "R of S");
-  check_size("scale_write", "Vh", Vh, 0, S.size(0), "R of S");
-  if (rank < 0 || rank > S.size(0)) {
-    refuse("scale_write", "rank", "value " + std::to_string(rank), "0 to " + std::to_string(S.size(0)));
-  }
+  check_scale_write(U, S, Vh, rank);
   Tensor B = torch::stable::new_empty(U, {U.size(0), rank}, dtype);
   Tensor A = torch::stable::new_empty(U, {rank, Vh.size(1)}, dtype);
-  check_dtype(
-      "scale_write", "the result", B,
-      {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+  check_dtype("scale_write", "the result", B, kFloats);
   for_float_type(dtype, [&](auto zero) {
     using Out = decltype(zero);
     Out* left = static_cast<Out*>(B.mutable_data_ptr());

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common/cast.h"
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/isa.h"
 #include "../common/layout.h"
 
@@ -66,19 +66,7 @@ std::vector<int64_t> kept_rows(const std::optional<Tensor>& mask, int64_t rows) 
 Tensor cov_pack(
     const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weight, ScalarType dtype,
     std::optional<int64_t> expected) {
-  const auto floats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
-  check_dim("cov_pack", "x", x, 2, "(T, d)");
-  check_dtype("cov_pack", "x", x, floats);
-  if (mask) {
-    check_dim("cov_pack", "mask", *mask, 1, "(T,)");
-    check_dtype("cov_pack", "mask", *mask, {ScalarType::Bool});
-    check_size("cov_pack", "mask", *mask, 0, x.size(0), "T of x");
-  }
-  if (weight) {
-    check_dim("cov_pack", "weight", *weight, 1, "(T,)");
-    check_dtype("cov_pack", "weight", *weight, floats);
-    check_size("cov_pack", "weight", *weight, 0, x.size(0), "T of x");
-  }
+  check_cov_pack(x, mask, weight);
   const Tensor rows = unit_stride(x);
   const int64_t d = x.size(1), stride = rows.stride(0);
   const std::vector<int64_t> kept = kept_rows(mask, x.size(0));
@@ -88,7 +76,7 @@ Tensor cov_pack(
     refuse("cov_pack", "rows", "value " + std::to_string(*expected), std::to_string(count) + ", the rows kept");
   }
   Tensor out = torch::stable::new_empty(x, {count, d}, dtype);
-  check_dtype("cov_pack", "the result", out, floats);
+  check_dtype("cov_pack", "the result", out, kFloats);
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, d));
   for_float_type(x.scalar_type(), [&](auto from_zero) {
     for_float_type(dtype, [&](auto to_zero) {
@@ -198,16 +186,7 @@ void fold_into(const Tensor& acc, const Tensor& chunk, bool symmetric, bool mirr
 }
 
 void cov_fold_(Tensor acc, const Tensor& chunk, bool symmetric, bool mirror) {
-  const int64_t axis = chunk.dim() == 3 ? 1 : 0;
-  check_dim("cov_fold_", "acc", acc, 2, "(d, d)");
-  check_dim("cov_fold_", "chunk", chunk, axis + 2, "(d, d) or (slots, d, d)");
-  check_dtype("cov_fold_", "acc", acc, {ScalarType::Double});
-  check_dtype("cov_fold_", "chunk", chunk, {ScalarType::Float, ScalarType::Double});
-  check_size("cov_fold_", "chunk", chunk, axis, acc.size(0), "rows of acc");
-  check_size("cov_fold_", "chunk", chunk, axis + 1, acc.size(1), "columns of acc");
-  if (symmetric) {
-    check_size("cov_fold_", "acc", acc, 1, acc.size(0), "a symmetric acc is square");
-  }
+  check_cov_fold(acc, chunk, symmetric);
   Tensor target = unit_stride(acc);
   const Tensor rows = unit_stride(chunk);
   if (chunk.scalar_type() == ScalarType::Float) {

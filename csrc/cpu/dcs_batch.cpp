@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "dcs.h"
 
 namespace loraforge {
@@ -15,20 +15,11 @@ namespace {
 std::tuple<Tensor, Tensor> dcs_batch(
     const Tensor& Y, const Tensor& M, std::optional<Tensor> counts, double scale, double min_ess, bool excess,
     bool mad_consistent) {
-  check_dim("dcs_batch", "Y", Y, 3, "(b, S, R)");
-  check_dim("dcs_batch", "M", M, 3, "(b, R, R)");
-  check_dtype("dcs_batch", "Y", Y, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype("dcs_batch", "M", M, {ScalarType::Float, ScalarType::Double});
-  check_size("dcs_batch", "M", M, 0, Y.size(0), "b of Y");
-  check_size("dcs_batch", "M", M, 1, Y.size(2), "R of Y");
-  check_size("dcs_batch", "M", M, 2, Y.size(2), "R of Y");
+  check_dcs_batch(Y, M, counts);
   const int64_t b = Y.size(0), S = Y.size(1), R = Y.size(2);
   const Tensor rows = torch::stable::contiguous(Y), forms = torch::stable::contiguous(M);
   std::optional<Tensor> filled;
   if (counts) {
-    check_dim("dcs_batch", "counts", *counts, 1, "(b,)");
-    check_dtype("dcs_batch", "counts", *counts, {ScalarType::Long});
-    check_size("dcs_batch", "counts", *counts, 0, b, "b of Y");
     filled = torch::stable::contiguous(*counts);
   }
   const int64_t* numbers = filled ? filled->const_data_ptr<int64_t>() : nullptr;

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../common/cast.h"
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/isa.h"
 #include "dcs.h"
 
@@ -67,13 +67,7 @@ std::vector<double> symmetric_panels(const T* m, int64_t R, int64_t padded) {
 }
 
 Tensor dcs_variance(const Tensor& Y, const Tensor& M) {
-  check_dim("dcs_variance", "Y", Y, 2, "(S, R)");
-  check_dim("dcs_variance", "M", M, 2, "(R, R)");
-  check_dtype(
-      "dcs_variance", "Y", Y, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype("dcs_variance", "M", M, {ScalarType::Float, ScalarType::Double});
-  check_size("dcs_variance", "M", M, 0, Y.size(1), "R of Y");
-  check_size("dcs_variance", "M", M, 1, Y.size(1), "R of Y");
+  check_dcs_variance(Y, M);
   const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
   Tensor out = torch::stable::new_empty(Y, {Y.size(0)}, ScalarType::Double);
   quadratic_rows(

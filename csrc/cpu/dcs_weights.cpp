@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/isa.h"
 #include "dcs.h"
 
@@ -136,8 +136,7 @@ double floored(const std::vector<double>& d, double kappa0, double min_ess) {
 
 std::tuple<Tensor, Tensor> dcs_weights(
     const Tensor& V, double scale, double min_ess, bool excess, bool mad_consistent) {
-  check_dim("dcs_weights", "V", V, 1, "(S,)");
-  check_dtype("dcs_weights", "V", V, {ScalarType::Double});
+  check_dcs_weights(V);
   const Tensor variances = torch::stable::contiguous(V);
   Tensor weights = torch::stable::new_empty(V, {V.size(0)}, ScalarType::Double);
   Tensor stats = torch::stable::new_empty(V, {3}, ScalarType::Double);

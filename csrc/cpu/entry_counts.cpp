@@ -124,31 +124,17 @@ void count_entries(const std::vector<Source>& sources, const Digit& digit, int64
 void entry_counts_(
     Tensor counts, const Tensor& left, std::optional<Tensor> right, double scaling, ScalarType dtype, bool wide,
     std::vector<int64_t> prefixes, int64_t low, int64_t high) {
-  constexpr const char* op = "entry_counts_";
-  check_dim(op, "counts", counts, 2, "(prefixes, 2^(high - low))");
-  check_dtype(op, "counts", counts, {ScalarType::Long});
-  if (low < 0 || high <= low || high > (wide ? 63 : 31) || high - low > 20) {
-    refuse(
-        op, "the digit", "bits " + std::to_string(low) + " to " + std::to_string(high),
-        std::string("at most 20 of ") + (wide ? "63" : "31") + " bits");
-  }
-  check_size(op, "counts", counts, 0, static_cast<int64_t>(prefixes.size()), "number of prefixes");
-  check_size(op, "counts", counts, 1, int64_t{1} << (high - low), "values of a digit");
-  if (!counts.is_contiguous()) {
-    refuse(op, "counts", "rows that lie apart", "a contiguous tensor");
-  }
-  const std::vector<Source> source{source_of(op, left, right ? &*right : nullptr, scaling)};
+  check_entry_counts(counts, left, right ? &*right : nullptr, dtype, wide, prefixes.size(), low, high);
+  const std::vector<Source> source{source_of(left, right ? &*right : nullptr, scaling)};
   const Digit digit{prefixes, low, high};
   int64_t* table = counts.mutable_data_ptr<int64_t>();
   const size_t size = static_cast<size_t>(counts.numel());
   if (dtype == ScalarType::Float) {
     wide ? count_entries<uint64_t, float>(source, digit, table, size)
          : count_entries<uint32_t, float>(source, digit, table, size);
-  } else if (dtype == ScalarType::Double) {
+  } else {
     wide ? count_entries<uint64_t, double>(source, digit, table, size)
          : count_entries<uint32_t, double>(source, digit, table, size);
-  } else {
-    refuse(op, "an entry", std::string("dtype ") + torch::headeronly::toString(dtype), "dtype Float or Double");
   }
 }
 

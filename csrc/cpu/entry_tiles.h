@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../common/cast.h"
-#include "../common/checks.h"
+#include "../common/operands.h"
 #include "../common/isa.h"
 #include "../common/layout.h"
 
@@ -94,16 +94,10 @@ struct Source {
   int64_t r;
 };
 
-Source source_of(const char* op, const Tensor& left, const Tensor* right, double scaling) {
-  check_dim(op, "left", left, 2, right ? "(t, r)" : "(t, n)");
+Source source_of(const Tensor& left, const Tensor* right, double scaling) {
   if (!right) {
-    check_dtype(op, "left", left, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
     return {unit_stride(left), unit_stride(left), true, scaling, 0};
   }
-  check_dim(op, "right", *right, 2, "(r, n)");
-  check_dtype(op, "left", left, {ScalarType::Double});
-  check_dtype(op, "right", *right, {ScalarType::Double});
-  check_size(op, "right", *right, 0, left.size(1), "r of left");
   return {unit_stride(left), unit_stride(*right), false, 1.0, left.size(1)};
 }
 

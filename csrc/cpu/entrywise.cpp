@@ -119,40 +119,16 @@ void merge_into(
   for_tiles(sources, out.size(0), out.size(1), [&] { return Join<T>(sources, rules, first, electing, result); });
 }
 
-void check_length(const char* op, const char* name, size_t got, size_t expected) {
-  if (got != expected) {
-    refuse(op, name, "length " + std::to_string(got), "length " + std::to_string(expected));
-  }
-}
-
 Tensor entry_merge(
     std::vector<Tensor> left, std::vector<Tensor> right, std::vector<double> scaling, std::vector<double> weights,
     std::vector<double> low, std::vector<double> high, std::vector<int64_t> keys, int64_t limit, double gain,
     int64_t first, bool electing, ScalarType dtype) {
-  constexpr const char* op = "entry_merge";
+  check_entry_merge(left, right, scaling, weights, low, high, keys, limit, dtype);
   const size_t count = left.size();
-  if (count == 0) {
-    refuse(op, "left", "no tensors", "one or more");
-  }
-  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
-    refuse(op, "the result", std::string("dtype ") + torch::headeronly::toString(dtype), "dtype Float or Double");
-  }
-  check_length(op, "right", right.size(), right.empty() ? 0 : count);
-  check_length(op, "scaling", scaling.size(), count);
-  check_length(op, "weights", weights.size(), count);
-  check_length(op, "low", low.size(), count);
-  check_length(op, "high", high.size(), count);
-  check_length(op, "keys", keys.size(), 2 * count);
-  if (limit < 0 || limit > static_cast<int64_t>(kAll)) {
-    refuse(op, "limit", "value " + std::to_string(limit), "0 to 2^32");
-  }
   std::vector<Source> sources;
   std::vector<Rule> rules;
   for (size_t i = 0; i < count; ++i) {
-    sources.push_back(source_of(op, left[i], right.empty() ? nullptr : &right[i], scaling[i]));
-    check_size(op, "left", left[i], 0, left[0].size(0), "rows of the first");
-    check_size(
-        op, right.empty() ? "left" : "right", sources[i].right, 1, sources[0].right.size(1), "columns of the first");
+    sources.push_back(source_of(left[i], right.empty() ? nullptr : &right[i], scaling[i]));
     const PhiloxKey key{static_cast<uint64_t>(keys[2 * i]), static_cast<uint64_t>(keys[2 * i + 1])};
     rules.push_back({low[i], high[i], key, static_cast<uint64_t>(limit), gain, weights[i]});
   }
@@ -179,12 +155,7 @@ void drop_rows(Tensor& tile, const Rule& rule, uint64_t first) {
 }
 
 void drop_rescale_(Tensor tile, int64_t key_low, int64_t key_high, int64_t first, int64_t limit, double gain) {
-  constexpr const char* op = "drop_rescale_";
-  check_dim(op, "tile", tile, 2, "(t, n)");
-  check_dtype(op, "tile", tile, {ScalarType::Float, ScalarType::Double});
-  if (limit < 0 || limit >= static_cast<int64_t>(kAll)) {
-    refuse(op, "limit", "value " + std::to_string(limit), "0 to 2^32 - 1");
-  }
+  check_drop_rescale(tile, limit);
   const PhiloxKey key{static_cast<uint64_t>(key_low), static_cast<uint64_t>(key_high)};
   const Rule rule{0.0, 0.0, key, static_cast<uint64_t>(limit), gain, 1.0};
   const uint64_t entry = static_cast<uint64_t>(first) * static_cast<uint64_t>(tile.size(1));

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../common/layout.h"
+#include "../common/operands.h"
 #include "anderson.h"
 #include "glue.h"
 
@@ -10,12 +11,8 @@ namespace loraforge::cuda {
 namespace {
 
 Tensor dots(const Tensor& H, const Tensor& f) {
-  check_shapes("anderson_dots", "H", H, 2, "(m, P)");
-  check_shapes("anderson_dots", "f", f, 1, "(P,)");
+  check_anderson_dots(H, f);
   check_devices("anderson_dots", {{"H", H}, {"f", f}});
-  check_dtype("anderson_dots", "H", H, {ScalarType::Float, ScalarType::Double});
-  check_dtype("anderson_dots", "f", f, {H.scalar_type()});
-  check_size("anderson_dots", "f", f, 0, H.size(1), "P of H");
   const DeviceGuard guard(H.get_device_index());
   const Tensor rows = unit_stride(H), vector = torch::stable::contiguous(f);
   const int64_t m = H.size(0), P = H.size(1);
@@ -32,19 +29,8 @@ Tensor dots(const Tensor& H, const Tensor& f) {
 }
 
 void mix(const Tensor& X, const Tensor& F, const Tensor& a, double beta, Tensor out) {
-  check_shapes("anderson_mix", "X", X, 2, "(m, P)");
-  check_shapes("anderson_mix", "F", F, 2, "(m, P)");
-  check_shapes("anderson_mix", "a", a, 1, "(m,)");
-  check_shapes("anderson_mix", "out", out, 1, "(P,)");
+  check_anderson_mix(X, F, a, out);
   check_devices("anderson_mix", {{"X", X}, {"F", F}, {"a", a}, {"out", out}});
-  check_dtype("anderson_mix", "X", X, {ScalarType::Float, ScalarType::Double});
-  check_dtype("anderson_mix", "F", F, {X.scalar_type()});
-  check_dtype("anderson_mix", "out", out, {X.scalar_type()});
-  check_dtype("anderson_mix", "a", a, {ScalarType::Double});
-  check_size("anderson_mix", "F", F, 0, X.size(0), "m of X");
-  check_size("anderson_mix", "F", F, 1, X.size(1), "P of X");
-  check_size("anderson_mix", "a", a, 0, X.size(0), "m of X");
-  check_size("anderson_mix", "out", out, 0, X.size(1), "P of X");
   const DeviceGuard guard(X.get_device_index());
   const Tensor x = unit_stride(X), f = unit_stride(F), weights = torch::stable::contiguous(a);
   Tensor target = out.is_contiguous() ? out : torch::stable::new_empty(out, {out.size(0)});

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../common/consistency.h"
+#include "../common/operands.h"
 #include "consistency.h"
 #include "glue.h"
 
@@ -33,27 +34,8 @@ Mask mask_kind(const Tensor& mask) {
 Given checked(
     const char* op, const Tensor& P, const Tensor& S, const std::optional<Tensor>& mask, int64_t rule,
     double threshold, const std::optional<Tensor>& unit) {
-  check_shapes(op, "P", P, 2, "(T, H)");
-  check_shapes(op, "S", S, 2, "(T, H)");
-  check_devices(op, {{"P", P}, {"S", S}});
-  check_dtype(op, "P", P, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype(op, "S", S, {P.scalar_type()});
-  check_size(op, "S", S, 0, P.size(0), "T of P");
-  check_size(op, "S", S, 1, P.size(1), "H of P");
-  if (mask) {
-    check_shapes(op, "mask", *mask, 1, "(T,)");
-    check_devices(op, {{"P", P}, {"mask", *mask}});
-    check_size(op, "mask", *mask, 0, P.size(0), "T of P");
-    check_dtype(op, "mask", *mask, {ScalarType::Bool, ScalarType::Float, ScalarType::Double});
-  }
-  if (unit) {
-    check_shapes(op, "unit", *unit, 0, "()");
-    check_devices(op, {{"P", P}, {"unit", *unit}});
-    check_dtype(op, "unit", *unit, {ScalarType::Double});
-  }
-  if (rule < 0 || rule >= kConsistencyRules) {
-    refuse(op, "rule", "value " + std::to_string(rule), "0 to " + std::to_string(kConsistencyRules - 1));
-  }
+  check_consistency(op, P, S, mask, rule, unit);
+  check_devices(op, {{"P", P}, {"S", S}, {"mask", mask.value_or(P)}, {"unit", unit.value_or(P)}});
   const DeviceGuard guard(P.get_device_index());
   Given given{torch::stable::contiguous(P), torch::stable::contiguous(S), std::nullopt, {}};
   if (mask) {
@@ -93,7 +75,7 @@ Tensor backward(
     const Tensor& grad, const Tensor& P, const Tensor& S, std::optional<Tensor> mask, int64_t rule, double threshold,
     std::optional<Tensor> unit) {
   const Given given = checked("consistency_backward", P, S, mask, rule, threshold, unit);
-  check_shapes("consistency_backward", "grad", grad, 0, "()");
+  check_dim("consistency_backward", "grad", grad, 0, "()");
   check_devices("consistency_backward", {{"P", P}, {"grad", grad}});
   check_dtype("consistency_backward", "grad", grad, {ScalarType::Double});
   const DeviceGuard guard(P.get_device_index());

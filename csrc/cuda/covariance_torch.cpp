@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../common/layout.h"
+#include "../common/operands.h"
 #include "covariance.h"
 #include "glue.h"
 
@@ -39,22 +40,9 @@ Kept find_kept(const Tensor& x, const Tensor& mask, std::optional<int64_t> hint)
 Tensor pack(
     const Tensor& x, std::optional<Tensor> mask, std::optional<Tensor> weight, ScalarType dtype,
     std::optional<int64_t> rows) {
-  const auto floats = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
-  check_shapes("cov_pack", "x", x, 2, "(T, d)");
-  check_dtype("cov_pack", "x", x, floats);
+  check_cov_pack(x, mask, weight);
+  check_devices("cov_pack", {{"x", x}, {"mask", mask.value_or(x)}, {"weight", weight.value_or(x)}});
   const int64_t T = x.size(0), d = x.size(1);
-  if (mask) {
-    check_shapes("cov_pack", "mask", *mask, 1, "(T,)");
-    check_devices("cov_pack", {{"x", x}, {"mask", *mask}});
-    check_dtype("cov_pack", "mask", *mask, {ScalarType::Bool});
-    check_size("cov_pack", "mask", *mask, 0, T, "T of x");
-  }
-  if (weight) {
-    check_shapes("cov_pack", "weight", *weight, 1, "(T,)");
-    check_devices("cov_pack", {{"x", x}, {"weight", *weight}});
-    check_dtype("cov_pack", "weight", *weight, floats);
-    check_size("cov_pack", "weight", *weight, 0, T, "T of x");
-  }
   if (T > std::numeric_limits<int32_t>::max()) {
     refuse("cov_pack", "x", "shape " + shape_of(x), "fewer than 2^31 rows");
   }
@@ -68,7 +56,7 @@ Tensor pack(
   const std::optional<Kept> kept = mask ? std::optional<Kept>(find_kept(x, *mask, rows)) : std::nullopt;
   const int64_t count = kept ? kept->known : T;
   Tensor out = torch::stable::new_empty(x, {count, d}, dtype);
-  check_dtype("cov_pack", "the result", out, floats);
+  check_dtype("cov_pack", "the result", out, kFloats);
   check_launch(
       "cov_pack",
       cov_pack(
@@ -80,17 +68,9 @@ Tensor pack(
 }
 
 void fold(Tensor acc, const Tensor& chunk, bool symmetric, bool mirror) {
-  check_shapes("cov_fold_", "acc", acc, 2, "(d, d)");
-  check_shapes("cov_fold_", "chunk", chunk, chunk.dim() == 3 ? 3 : 2, "(d, d) or (slots, d, d)");
+  check_cov_fold(acc, chunk, symmetric);
   check_devices("cov_fold_", {{"acc", acc}, {"chunk", chunk}});
-  check_dtype("cov_fold_", "acc", acc, {ScalarType::Double});
-  check_dtype("cov_fold_", "chunk", chunk, {ScalarType::Float, ScalarType::Double});
   const int64_t m = acc.size(0), n = acc.size(1), axis = chunk.dim() - 2;
-  check_size("cov_fold_", "chunk", chunk, axis, m, "rows of acc");
-  check_size("cov_fold_", "chunk", chunk, axis + 1, n, "columns of acc");
-  if (symmetric) {
-    check_size("cov_fold_", "acc", acc, 1, m, "a symmetric acc is square");
-  }
   const DeviceGuard guard(acc.get_device_index());
   Tensor target = unit_stride(acc);
   const Tensor slots = unit_stride(chunk);

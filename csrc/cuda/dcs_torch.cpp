@@ -5,28 +5,20 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/operands.h"
 #include "dcs.h"
 #include "glue.h"
 
 namespace loraforge::cuda {
 namespace {
 
-void check_floats(const char* op, const Tensor& Y, const Tensor& M) {
-  check_devices(op, {{"Y", Y}, {"M", M}});
-  check_dtype(op, "Y", Y, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
-  check_dtype(op, "M", M, {ScalarType::Float, ScalarType::Double});
-}
-
 DcsForms forms_of(const Tensor& Y, const Tensor& M, int64_t R) {
   return {float_of(Y), Y.const_data_ptr(), float_of(M), M.const_data_ptr(), R};
 }
 
 Tensor variance(const Tensor& Y, const Tensor& M) {
-  check_shapes("dcs_variance", "Y", Y, 2, "(S, R)");
-  check_shapes("dcs_variance", "M", M, 2, "(R, R)");
-  check_floats("dcs_variance", Y, M);
-  check_size("dcs_variance", "M", M, 0, Y.size(1), "R of Y");
-  check_size("dcs_variance", "M", M, 1, Y.size(1), "R of Y");
+  check_dcs_variance(Y, M);
+  check_devices("dcs_variance", {{"Y", Y}, {"M", M}});
   const DeviceGuard guard(Y.get_device_index());
   const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
   Tensor out = torch::stable::new_empty(Y, {Y.size(0)}, ScalarType::Double);
@@ -39,9 +31,8 @@ Tensor variance(const Tensor& Y, const Tensor& M) {
 
 std::tuple<Tensor, Tensor> weights(
     const Tensor& V, double scale, double min_ess, bool excess, bool mad_consistent) {
-  check_shapes("dcs_weights", "V", V, 1, "(S,)");
+  check_dcs_weights(V);
   check_devices("dcs_weights", {{"V", V}});
-  check_dtype("dcs_weights", "V", V, {ScalarType::Double});
   const DeviceGuard guard(V.get_device_index());
   const Tensor variances = torch::stable::contiguous(V);
   Tensor w = torch::stable::new_empty(V, {V.size(0)}, ScalarType::Double);
@@ -57,20 +48,12 @@ std::tuple<Tensor, Tensor> weights(
 std::tuple<Tensor, Tensor> batch(
     const Tensor& Y, const Tensor& M, std::optional<Tensor> counts, double scale, double min_ess, bool excess,
     bool mad_consistent) {
-  check_shapes("dcs_batch", "Y", Y, 3, "(b, S, R)");
-  check_shapes("dcs_batch", "M", M, 3, "(b, R, R)");
-  check_floats("dcs_batch", Y, M);
-  check_size("dcs_batch", "M", M, 0, Y.size(0), "b of Y");
-  check_size("dcs_batch", "M", M, 1, Y.size(2), "R of Y");
-  check_size("dcs_batch", "M", M, 2, Y.size(2), "R of Y");
+  check_dcs_batch(Y, M, counts);
+  check_devices("dcs_batch", {{"Y", Y}, {"M", M}, {"counts", counts.value_or(Y)}});
   const DeviceGuard guard(Y.get_device_index());
   const Tensor rows = torch::stable::contiguous(Y), form = torch::stable::contiguous(M);
   std::optional<Tensor> numbers;
   if (counts) {
-    check_shapes("dcs_batch", "counts", *counts, 1, "(b,)");
-    check_devices("dcs_batch", {{"Y", Y}, {"counts", *counts}});
-    check_dtype("dcs_batch", "counts", *counts, {ScalarType::Long});
-    check_size("dcs_batch", "counts", *counts, 0, Y.size(0), "b of Y");
     numbers = torch::stable::contiguous(*counts);
   }
   Tensor w = torch::stable::new_empty(Y, {Y.size(0), Y.size(1)}, ScalarType::Double);

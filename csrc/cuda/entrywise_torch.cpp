@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/layout.h"
+#include "../common/operands.h"
 #include "entrywise.h"
 #include "glue.h"
 
@@ -23,23 +24,17 @@ struct Held {
 };
 
 Held hold(const char* op, const Tensor& left, const Tensor* right, double scaling) {
-  check_shapes(op, "left", left, 2, right ? "(t, r)" : "(t, n)");
   EntrySource source{};
   source.scaling = scaling;
   if (!right) {
     check_devices(op, {{"left", left}});
-    check_dtype(op, "left", left, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
     Held held{unit_stride(left), std::nullopt, source};
     held.source.kind = float_of(left);
     held.source.left = held.left.const_data_ptr();
     held.source.ld_left = held.left.stride(0);
     return held;
   }
-  check_shapes(op, "right", *right, 2, "(r, n)");
   check_devices(op, {{"left", left}, {"right", *right}});
-  check_dtype(op, "left", left, {ScalarType::Double});
-  check_dtype(op, "right", *right, {ScalarType::Double});
-  check_size(op, "right", *right, 0, left.size(1), "r of left");
   Held held{unit_stride(left), unit_stride(*right), source};
   held.source.kind = Float::f64;
   held.source.left = held.left.const_data_ptr();
@@ -56,52 +51,20 @@ int64_t columns_of(const Held& held) {
   return held.right ? held.right->size(1) : held.left.size(1);
 }
 
-void check_length(const char* op, const char* name, size_t got, size_t expected) {
-  if (got != expected) {
-    refuse(op, name, "length " + std::to_string(got), "length " + std::to_string(expected));
-  }
-}
-
-Float kind_of(const char* op, ScalarType dtype) {
-  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
-    refuse(op, "an entry", std::string("dtype ") + torch::headeronly::toString(dtype), "dtype Float or Double");
-  }
-  return dtype == ScalarType::Float ? Float::f32 : Float::f64;
-}
-
-void check_limit(const char* op, int64_t limit, uint64_t most) {
-  if (limit < 0 || static_cast<uint64_t>(limit) > most) {
-    refuse(op, "limit", "value " + std::to_string(limit), "0 to " + std::to_string(most));
-  }
-}
-
 Tensor merge(
     std::vector<Tensor> left, std::vector<Tensor> right, std::vector<double> scaling, std::vector<double> weights,
     std::vector<double> low, std::vector<double> high, std::vector<int64_t> keys, int64_t limit, double gain,
     int64_t first, bool elect, ScalarType dtype) {
   constexpr const char* op = "entry_merge";
   const size_t count = left.size();
-  if (count == 0) {
-    refuse(op, "left", "no tensors", "one or more");
-  }
-  check_length(op, "right", right.size(), right.empty() ? 0 : count);
-  check_length(op, "scaling", scaling.size(), count);
-  check_length(op, "weights", weights.size(), count);
-  check_length(op, "low", low.size(), count);
-  check_length(op, "high", high.size(), count);
-  check_length(op, "keys", keys.size(), 2 * count);
-  check_limit(op, limit, kAll);
-  const Float kind = kind_of(op, dtype);
+  check_entry_merge(left, right, scaling, weights, low, high, keys, limit, dtype);
+  const Float kind = dtype == ScalarType::Float ? Float::f32 : Float::f64;
   const DeviceGuard guard(left[0].get_device_index());
   std::vector<Held> held;
   std::vector<EntrySource> sources;
   for (size_t i = 0; i < count; ++i) {
     check_devices(op, {{"left", left[0]}, {"left", left[i]}});
     held.push_back(hold(op, left[i], right.empty() ? nullptr : &right[i], scaling[i]));
-    check_size(op, "left", left[i], 0, left[0].size(0), "rows of the first");
-    check_size(
-        op, right.empty() ? "left" : "right", right.empty() ? left[i] : right[i], 1, columns_of(held[0]),
-        "columns of the first");
     EntrySource source = held.back().source;
     source.weight = weights[i];
     source.low = low[i];
@@ -130,20 +93,9 @@ void counts_(
     Tensor counts, const Tensor& left, std::optional<Tensor> right, double scaling, ScalarType dtype, bool wide,
     std::vector<int64_t> prefixes, int64_t low, int64_t high) {
   constexpr const char* op = "entry_counts_";
-  check_shapes(op, "counts", counts, 2, "(prefixes, 2^(high - low))");
+  check_entry_counts(counts, left, right ? &*right : nullptr, dtype, wide, prefixes.size(), low, high);
   check_devices(op, {{"counts", counts}, {"left", left}});
-  check_dtype(op, "counts", counts, {ScalarType::Long});
-  if (low < 0 || high <= low || high > (wide ? 63 : 31) || high - low > 20) {
-    refuse(
-        op, "the digit", "bits " + std::to_string(low) + " to " + std::to_string(high),
-        std::string("at most 20 of ") + (wide ? "63" : "31") + " bits");
-  }
-  check_size(op, "counts", counts, 0, static_cast<int64_t>(prefixes.size()), "number of prefixes");
-  check_size(op, "counts", counts, 1, int64_t{1} << (high - low), "values of a digit");
-  if (!counts.is_contiguous()) {
-    refuse(op, "counts", "rows that lie apart", "a contiguous tensor");
-  }
-  const Float kind = kind_of(op, dtype);
+  const Float kind = dtype == ScalarType::Float ? Float::f32 : Float::f64;
   const DeviceGuard guard(left.get_device_index());
   const Held held = hold(op, left, right ? &*right : nullptr, scaling);
   check_launch(
@@ -155,10 +107,8 @@ void counts_(
 
 void drop_(Tensor tile, int64_t key_low, int64_t key_high, int64_t first, int64_t limit, double gain) {
   constexpr const char* op = "drop_rescale_";
-  check_shapes(op, "tile", tile, 2, "(t, n)");
+  check_drop_rescale(tile, limit);
   check_devices(op, {{"tile", tile}});
-  check_dtype(op, "tile", tile, {ScalarType::Float, ScalarType::Double});
-  check_limit(op, limit, kAll - 1);
   const DeviceGuard guard(tile.get_device_index());
   Tensor rows = unit_stride(tile);
   const PhiloxKey key{static_cast<uint64_t>(key_low), static_cast<uint64_t>(key_high)};

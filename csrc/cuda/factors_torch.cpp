@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/operands.h"
 #include "factors.h"
 #include "glue.h"
 
@@ -9,11 +10,8 @@ namespace loraforge::cuda {
 namespace {
 
 Tensor ranks(const Tensor& S, double energy, int64_t min_rank, int64_t max_rank) {
-  if (S.dim() != 1) {
-    check_shapes("pick_rank", "S", S, 2, "(R,) or (b, R)");
-  }
+  check_pick_rank(S);
   check_devices("pick_rank", {{"S", S}});
-  check_dtype("pick_rank", "S", S, {ScalarType::Float, ScalarType::Double});
   const DeviceGuard guard(S.get_device_index());
   const bool many = S.dim() == 2;
   const int64_t R = S.size(S.dim() - 1), b = many ? S.size(0) : 1;
@@ -29,24 +27,12 @@ Tensor ranks(const Tensor& S, double energy, int64_t min_rank, int64_t max_rank)
 
 std::tuple<Tensor, Tensor> factors(
     const Tensor& U, const Tensor& S, const Tensor& Vh, int64_t rank, ScalarType dtype) {
-  check_shapes("scale_write", "U", U, 2, "(m, R)");
-  check_shapes("scale_write", "S", S, 1, "(R,)");
-  check_shapes("scale_write", "Vh", Vh, 2, "(R, n)");
+  check_scale_write(U, S, Vh, rank);
   check_devices("scale_write", {{"U", U}, {"S", S}, {"Vh", Vh}});
-  check_dtype("scale_write", "S", S, {ScalarType::Float, ScalarType::Double});
-  check_dtype("scale_write", "U", U, {S.scalar_type()});
-  check_dtype("scale_write", "Vh", Vh, {S.scalar_type()});
-  check_size("scale_write", "U", U, 1, S.size(0), "R of S");
-  check_size("scale_write", "Vh", Vh, 0, S.size(0), "R of S");
-  if (rank < 0 || rank > S.size(0)) {
-    refuse("scale_write", "rank", "value " + std::to_string(rank), "0 to " + std::to_string(S.size(0)));
-  }
   const DeviceGuard guard(S.get_device_index());
   Tensor B = torch::stable::new_empty(U, {U.size(0), rank}, dtype);
   Tensor A = torch::stable::new_empty(U, {rank, Vh.size(1)}, dtype);
-  check_dtype(
-      "scale_write", "the result", B,
-      {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
+  check_dtype("scale_write", "the result", B, kFloats);
   const Strided left{U.const_data_ptr(), U.stride(0), U.stride(1)};
   const Strided right{Vh.const_data_ptr(), Vh.stride(0), Vh.stride(1)};
   check_launch(

@@ -9,7 +9,7 @@ namespace loraforge::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> factor(const Tensor& G, double cut) {
-  check_shapes("gram_factor", "G", G, 3, "(b, R, R)");
+  check_dim("gram_factor", "G", G, 3, "(b, R, R)");
   check_devices("gram_factor", {{"G", G}});
   check_dtype("gram_factor", "G", G, {ScalarType::Double});
   const int64_t b = G.size(0), R = G.size(1);

@@ -9,7 +9,7 @@ namespace loraforge::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> svd(const Tensor& C, int64_t sweeps) {
-  check_shapes("jacobi_svd", "C", C, 3, "(b, R, R')");
+  check_dim("jacobi_svd", "C", C, 3, "(b, R, R')");
   check_devices("jacobi_svd", {{"C", C}});
   check_dtype("jacobi_svd", "C", C, {ScalarType::Float, ScalarType::Double});
   const int64_t b = C.size(0), m = C.size(1), n = C.size(2), k = m < n ? m : n;

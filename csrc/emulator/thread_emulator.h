@@ -116,10 +116,8 @@ inline Warp& warp_here() {
   return *here().block->warps[here().flat / kLanes];
 }
 
-#ifdef LF_EMULATOR_THREADS
-
-inline void wait(Barrier& barrier, const char* file, int line) {
-  std::unique_lock<std::mutex> lock(barrier.mutex);
+// One more thread is at the barrier; true where it is the last, which opens it.
+inline bool arrive(Barrier& barrier, const char* file, int line) {
   if (barrier.gone != 0) {
     fail("a barrier is reached by some threads after others have returned", file, line);
   }
@@ -127,10 +125,28 @@ inline void wait(Barrier& barrier, const char* file, int line) {
     fail("threads wait at different barriers", file, line);
   }
   barrier.file = file, barrier.line = line;
+  if (++barrier.arrived != barrier.expected) {
+    return false;
+  }
+  barrier.arrived = 0;
+  ++barrier.generation;
+  return true;
+}
+
+// A thread has returned and will never be at the barrier again.
+inline void depart(Barrier& barrier) {
+  if (barrier.arrived != 0) {
+    fail("a thread returned while others wait at a barrier", barrier.file, barrier.line);
+  }
+  ++barrier.gone;
+}
+
+#ifdef LF_EMULATOR_THREADS
+
+inline void wait(Barrier& barrier, const char* file, int line) {
+  std::unique_lock<std::mutex> lock(barrier.mutex);
   const uint64_t generation = barrier.generation;
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
+  if (arrive(barrier, file, line)) {
     barrier.changed.notify_all();
     return;
   }
@@ -139,10 +155,7 @@ inline void wait(Barrier& barrier, const char* file, int line) {
 
 inline void leave(Barrier& barrier) {
   const std::unique_lock<std::mutex> lock(barrier.mutex);
-  if (barrier.arrived != 0) {
-    fail("a thread returned while others wait at a barrier", barrier.file, barrier.line);
-  }
-  ++barrier.gone;
+  depart(barrier);
 }
 
 #else
@@ -200,17 +213,8 @@ inline void yield(const char* file, int line) {
 }
 
 inline void wait(Barrier& barrier, const char* file, int line) {
-  if (barrier.gone != 0) {
-    fail("a barrier is reached by some threads after others have returned", file, line);
-  }
-  if (barrier.arrived != 0 && (barrier.line != line || std::strcmp(barrier.file, file) != 0)) {
-    fail("threads wait at different barriers", file, line);
-  }
-  barrier.file = file, barrier.line = line;
   const uint64_t generation = barrier.generation;
-  if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0;
-    ++barrier.generation;
+  if (arrive(barrier, file, line)) {
     scheduler().idle = 0;
     return;
   }
@@ -220,10 +224,7 @@ inline void wait(Barrier& barrier, const char* file, int line) {
 }
 
 inline void leave(Barrier& barrier) {
-  if (barrier.arrived != 0) {
-    fail("a thread returned while others wait at a barrier", barrier.file, barrier.line);
-  }
-  ++barrier.gone;
+  depart(barrier); // fibers change over at barriers only: nothing to lock
 }
 
 inline void run_fiber() {
