@@ -63,7 +63,7 @@ def test_every_module_is_the_best_of_its_rank_and_says_its_error(source: Path, t
         ({"energy": 0.1, "min_rank": 2}, lambda S, k: k == 2),
         ({"max_rank": 4}, lambda S, k: k == 4),
     ],
-    ids=str,
+    ids=["energy", "nuclear", "ratio", "fro-error", "energy-min-rank", "max-rank"],
 )  # fmt: skip
 def test_rank_rules(source: Path, tmp_path: Path, rule: dict[str, Any], holds: Any) -> None:
     report = resize(source, tmp_path / "out", **rule)

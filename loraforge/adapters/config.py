@@ -30,7 +30,7 @@ _FEATURES = {
 }
 _KINDS = ("LORA", "LOHA", "LOKR")
 # PEFT adds these to modules_to_save by itself.
-_TASK_HEADS = {
+TASK_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -143,7 +143,7 @@ def parse_config(config: dict[str, Any], path: Path) -> PeftSettings:
         rslora=fields.flag("use_rslora"),
         fan_in_fan_out=fields.flag("fan_in_fan_out"),
         bias=fields.choice("bias", ("none", "all", "lora_only")),
-        head_names=fields.names("modules_to_save") | frozenset(_TASK_HEADS.get(str(config.get("task_type")), ())),
+        head_names=fields.names("modules_to_save") | frozenset(TASK_HEADS.get(str(config.get("task_type")), ())),
         kind=kind,
         dora=fields.flag("use_dora"),
         target_parameters=fields.listed("target_parameters"),

@@ -74,7 +74,8 @@ def resolve_heads(adapters: Sequence[Adapter], heads_from: str | None = None) ->
     if plan.aside:
         plan.notes.append(
             f"heads differ between {', '.join(plan.aside)}: each is kept under heads/<adapter>/ and the merged adapter "
-            "has none of them; `--from NAME` (API: heads_from) puts one of them in"
+            "has none of them, nor a task type that would make PEFT look for one; `--from NAME` (API: heads_from) puts "
+            "one of them in"
         )
     _take_extras(adapters, plan)
     return plan.freeze()

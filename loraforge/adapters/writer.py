@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraforge.adapters.config import CONFIG_NAME
+from loraforge.adapters.config import CONFIG_NAME, TASK_HEADS
 from loraforge.adapters.heads import HeadsPlan
 from loraforge.adapters.keys import PREFIX
 from loraforge.adapters.layouts import layout_of
@@ -181,7 +181,7 @@ def peft_config(
     main = max(parameters or ranks, key=lambda name: ranks[name])
     config = {
         "peft_type": "LORA",
-        "task_type": meta.task_type,
+        "task_type": _task_type(meta, heads),
         "base_model_name_or_path": meta.base,
         "r": ranks[main],
         "lora_alpha": _number(alphas[main]),
@@ -201,6 +201,12 @@ def peft_config(
     config |= {"target_parameters": list(parameters)} if parameters else {}
     config |= {"lora_bias": True} if biased else {}
     return {**config, **heads.config}
+
+
+def _task_type(meta: PeftMeta, heads: HeadsPlan) -> str | None:
+    """The task type, or None where PEFT would look for a head in the file that is not there, and fail."""
+    expected = TASK_HEADS.get(meta.task_type or "", ())
+    return meta.task_type if not expected or set(expected) & set(heads.modules_to_save) else None
 
 
 def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:

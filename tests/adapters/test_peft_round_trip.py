@@ -144,6 +144,21 @@ def test_heads_arrive_in_peft(tmp_path: Path) -> None:
     check(base, out, expected)
 
 
+def test_classifiers_whose_heads_are_kept_aside_load_in_peft(tmp_path: Path) -> None:
+    """With a task type PEFT would look for the head in the file."""
+    base = gpt2(GPT2ForSequenceClassification)
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["c_attn"], "fan_in_fan_out": True, "task_type": "SEQ_CLS"}
+    adapters = [open_adapter(adapter_of(base, tmp_path / name, seed, **fields)) for seed, name in enumerate("ab")]
+    heads = resolve_heads(adapters)
+    assert set(heads.aside) == {"a", "b"}
+    first = adapters[0]
+    out = write_adapter(tmp_path / "out", [(m, first.load(m)) for m in first.modules], adapters, heads=heads)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
+    expected = PeftModel.from_pretrained(copy.deepcopy(base), first.path).eval()
+    expected.base_model.model.score.modules_to_save["default"].load_state_dict(base.score.state_dict())
+    torch.testing.assert_close(logits(loaded), logits(expected))
+
+
 def test_trained_biases_arrive_in_peft(tmp_path: Path) -> None:
     base = gpt2()
     model = get_peft_model(
