@@ -90,6 +90,13 @@ def sources(value: Any) -> Any:
     return value
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A mapping by text, one key or more; its values stand as written."""
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError("a mapping of keys to values")
+    return {str(key): entry for key, entry in value.items()}
+
+
 def free(value: Any) -> Any:
     """A value of `params`: texts that are numbers become numbers, at any depth."""
     if isinstance(value, Mapping):
@@ -116,6 +123,7 @@ OPTIONS: dict[str, Reader] = {
     "calibration": sources,
     "stats": sources,
     "params": lambda value: value,
+    "pipeline": mapping,
 }
 # Parameters of the calibrated methods, which may also stand at the top level.
 PARAMS: dict[str, Reader] = {

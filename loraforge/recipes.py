@@ -1,7 +1,7 @@
 """Recipes: everything that the merge command can be told, as a YAML file, and the presets that come with loraforge.
 
-Two spellings are read into one plain dict whose keys are the arguments of `loraforge.merge` (plus `out`, `tasks` and
-what a preset says about its adapters): loraforge's own, and the IterIS documents' configuration files with one section
+Two spellings are read into one plain dict whose keys are the arguments of `loraforge.merge` (plus `out`, `tasks`, what a
+preset says about its adapters, and `pipeline`: how `loraforge run` trains and measures them): loraforge's own, and the IterIS documents' configuration files with one section
 a `task_type` and a global `seed`. A method's parameters may stand at the top level or under `params`. Torch-free.
 """
 
@@ -33,7 +33,7 @@ _SECTION_MARKS = {"task_targets", "model_name", "manual_ceof", "samples_num"}
 # What a recipe says that is no argument of `loraforge.merge`.
 _NOT_ARGUMENTS = (
     "name", "description", "paper", "notes", "tasks", "adapter_rank", "adapter_alpha", "eval_batch_size", "out",
-    "report", "overwrite",
+    "report", "overwrite", "pipeline",
 )  # fmt: skip
 
 
@@ -110,6 +110,16 @@ def merge_recipe(recipe: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 def merge_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a recipe that `loraforge.merge` takes as keyword arguments."""
     return {key: value for key, value in recipe.items() if key not in _NOT_ARGUMENTS}
+
+
+def read_entry(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A part of a recipe that stands elsewhere: values read by the kind of their key, parameters under `params`.
+
+    Raises:
+        UsageError: Unknown key.
+        LoraforgeError: A value of the wrong kind.
+    """
+    return _normalise(entry, where)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

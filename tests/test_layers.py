@@ -33,9 +33,16 @@ ALLOWED: dict[str, set[str]] = {
     "input_stats": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate"},
     "recipes": LEAVES | METHOD_ROOM | {"recipe_keys"},
     "recipe_keys": LEAVES | METHOD_ROOM,
+    "tasks": LEAVES | {"storage", "adapters", "calibrate"},
+    "evaluation": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "report"},
+    "training": LEAVES
+    | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "evaluation", "report"},
+    "pipelines": LEAVES
+    | {"storage", "adapters", "calibrate", "input_stats", "tasks", "evaluation", "training", "merging", "report"}
+    | {"recipes", "recipe_keys"},
     "report": LEAVES,
-    "demo": LEAVES | {"report", "merging", "adapters"},
-    "bench": LEAVES | {"kernels", "linalg", "adapters", "merging"},
+    "demo": LEAVES | {"report", "merging", "adapters", "training"},
+    "bench": LEAVES | {"kernels", "linalg", "adapters", "merging", "tasks", "training"},
     "cli": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},

@@ -24,7 +24,7 @@ A result (`--json`, `--out`) is one object; `schema` changes where a key changes
                                      and whether it held; error null: see the group for what is compared instead
         peer, speedup                the form that it is compared with, and seconds of that over these
         peak_bytes                   most memory above the start of the call: resident (CPU, in a process of its own) or
-                                     allocated (GPU); null: not measured
+                                     allocated (GPU); group train, buffer: of the rows it holds; null: not measured
         objective                    group iteris: missed share of the task outputs, lower is better; else null
     fits         group scale: {axis, form, quantity, points, exponent, stderr} of value ~ axis^exponent, least squares
                  of the logarithms

@@ -14,6 +14,7 @@ GROUPS = {
     "kernels": ("loraforge.bench.operators", "every operator: PyTorch reference, best library calls, compiled"),
     "merge": ("loraforge.bench.merge", "merge methods beside PEFT, dense PyTorch and the document's rSVD"),
     "iteris": ("loraforge.bench.iteris", "sweep and iteration beside the document's loop: time, memory, objective"),
+    "train": ("loraforge.bench.training", "I-LORA: moving average, adapter switch, replay buffer, step beside replay"),
     "scale": ("loraforge.bench.scale", "time and memory against adapters, rank, width, depth and tokens"),
 }
 

@@ -37,7 +37,7 @@ class Page:
 def pages(result: Row) -> list[Page]:
     """The tables of every group that was measured."""
     makers: dict[str, Callable[[Row, list[Row]], list[Page]]] = {
-        "kernels": _kernels, "merge": _merge, "iteris": _iteris, "scale": _scale,
+        "kernels": _kernels, "merge": _merge, "iteris": _iteris, "train": _train, "scale": _scale,
     }  # fmt: skip
     found = []
     for group in result["groups"]:
@@ -164,6 +164,32 @@ def _iteris(result: Row, rows: list[Row]) -> list[Page]:
     ]
     title = f"Calibrated merge beside the document's loop: {rows[0]['case']}; iteris-plus solves another problem"
     return [Page(title, headers, cells)]
+
+
+def _train(result: Row, rows: list[Row]) -> list[Page]:
+    """Averages and buffer beside loops and lists; the step beside plain replay, the switch as a share of a step."""
+    by_op: dict[str, list[Row]] = {}
+    for row in rows:
+        by_op.setdefault(row["op"], []).append(row)
+    parts: list[list[object]] = []
+    for forms in _by_case([row for op in ("ema", "buffer", "switch") for row in by_op.get(op, [])]).values():
+        own, torch, peft = forms["loraforge"], forms.get("torch"), forms.get("peft")
+        reference = forms.get("reference")
+        parts.append(
+            [own["case"], _ms(own), _times(reference, own), _times(torch, own), _times(peft, own),
+             _mebi(own["peak_bytes"]), _mebi(torch["peak_bytes"]) if torch else None]
+        )  # fmt: skip
+    headers = ["part", "loraforge ms", "x names", "x torch", "x peft", "MiB held", "torch MiB"]
+    found = [Page("I-LORA: its parts; above x 1 loraforge is faster", headers, parts)] if parts else []
+    steps = {row["form"]: row for row in by_op.get("step", [])}
+    if {"ilora", "replay"} <= steps.keys():
+        switch = next((row for row in by_op.get("switch", []) if row["form"] == "loraforge"), None)
+        ilora, replay = steps["ilora"], steps["replay"]
+        share = None if switch is None else _percent(switch["seconds"] / max(ilora["seconds"], 1e-9))
+        cells: list[list[object]] = [[_ms(replay), _ms(ilora), _times(ilora, replay), share]]
+        headers = ["replay ms", "ilora ms", "ilora / replay", "switch % of a step"]
+        found.append(Page(f"I-LORA: {ilora['case']}", headers, cells))
+    return found
 
 
 def _scale(result: Row, rows: list[Row]) -> list[Page]:

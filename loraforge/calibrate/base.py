@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from loraforge.calibrate.modules import resolve_modules, weight_view
-from loraforge.calibrate.rows import DOWNLOAD_ENV
+from loraforge.calibrate.rows import DOWNLOAD_ENV, local_only
 from loraforge.errors import LoraforgeError, raise_problems
 
 # PEFT's task types and the classes that carry their heads.
@@ -53,16 +52,16 @@ def load_base(
         LoraforgeError: Not there (nothing is fetched unless LORAFORGE_ALLOW_DOWNLOAD=1), damaged, without the wanted
             modules, or with weights that are missing in its file or not finite.
     """
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     names = list(wanted)
     if isinstance(base, nn.Module):
         resolve_modules(base, names, shapes)
         return _frozen(base, dtype, device), getattr(base, "config", None)
-    config = _load_config(base)
+    config = load_config(base)
     first: LoraforgeError | None = None
     for cls in _candidates(config, task_type):
         try:
-            model, missing = _load_weights(cls, base, config, dtype)
+            model, missing = load_weights(cls, base, config, dtype)
             modules = resolve_modules(model, names, shapes)
         except LoraforgeError as problem:
             # The class of the configuration says best what is wrong; the others are second guesses.
@@ -110,18 +109,24 @@ def check_inputs(model: nn.Module, keys: Iterable[str], where: object) -> None:
     )
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def dtype_of(dtype: str | torch.dtype) -> torch.dtype:
+    """The floating dtype of a name.
+
+    Raises:
+        LoraforgeError: There is none.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise LoraforgeError("unknown dtype of the base", got=dtype, expected="float32, float64, bfloat16 or float16")
     return found
 
 
-def _local_only() -> bool:
-    return os.environ.get(DOWNLOAD_ENV) != "1"
+def load_config(base: str | Path) -> Any:
+    """The configuration of a base in a folder or the local cache.
 
-
-def _load_config(base: str | Path) -> Any:
+    Raises:
+        LoraforgeError: Not there (nothing is fetched unless LORAFORGE_ALLOW_DOWNLOAD=1), or unreadable.
+    """
     from transformers import AutoConfig
 
     path = Path(base)
@@ -131,7 +136,7 @@ def _load_config(base: str | Path) -> Any:
     if not path.exists() and (path.is_absolute() or path.parts[:1] == ("..",) or str(base).startswith(".")):
         raise LoraforgeError("the base folder does not exist", where=base, hint="check the path of --base")
     try:
-        return AutoConfig.from_pretrained(str(base), local_files_only=_local_only())
+        return AutoConfig.from_pretrained(str(base), local_files_only=local_only())
     except _LOAD_ERRORS as error:
         if path.is_dir():
             got = _first_line(error)
@@ -156,16 +161,30 @@ def _candidates(config: Any, task_type: str | None) -> list[Any]:
     return [cls for cls in classes if cls is not None]
 
 
-def _load_weights(cls: Any, base: str | Path, config: Any, dtype: torch.dtype) -> tuple[nn.Module, set[str]]:
-    """The model, and the names of weights that its file does not have."""
+def load_weights(
+    cls: Any, base: str | Path, config: Any, dtype: torch.dtype, **options: Any
+) -> tuple[nn.Module, set[str]]:
+    """The model, and the names of weights that its file does not have, or has in another shape.
+
+    Args:
+        cls: Class of transformers.
+        base: Folder or id in the local cache.
+        config: The base's configuration.
+        dtype: Of the weights.
+        **options: Further options of `from_pretrained`.
+
+    Raises:
+        LoraforgeError: They cannot be loaded.
+    """
     try:
         with _quiet():
             model, info = cls.from_pretrained(
                 str(base),
                 config=config,
                 dtype=dtype,
-                local_files_only=_local_only(),
+                local_files_only=local_only(),
                 output_loading_info=True,
+                **options,
             )
     except _LOAD_ERRORS as error:
         raise LoraforgeError(
@@ -175,7 +194,8 @@ def _load_weights(cls: Any, base: str | Path, config: Any, dtype: torch.dtype) -
             expected="a complete model.safetensors (or its shards) beside config.json",
             hint="copy or download the base again",
         ) from error
-    return model, set(info["missing_keys"])
+    other = {key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys") or ()}
+    return model, set(info["missing_keys"]) | other
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from loraforge.calibrate.checks import DECODER, MASKS, Sample, text_config, usable_positions
-from loraforge.calibrate.rows import Row
+from loraforge.calibrate.rows import Row, local_only
 from loraforge.calibrate.tensors import shift_right
 from loraforge.errors import LoraforgeError
 
@@ -109,19 +109,23 @@ def encode_rows(
     for sample, row in zip(samples, rows, strict=True):
         if sample["input_ids"].numel() == 0:
             raise LoraforgeError("the text has no tokens", where=f"{where}, {row.where}", got=repr(row.text))
-    _check_known(samples, tokenizer, where)
+    check_known(samples, tokenizer, where)
     return samples
 
 
-def load_tokenizer(base: object, where: object) -> Any:
-    """The tokenizer in a base model's folder or cached repository; no network.
+def load_tokenizer(base: object, where: object, hint: str = _NO_TOKENIZER) -> Any:
+    """The tokenizer in a base model's folder or cached repository; fetched if LORAFORGE_ALLOW_DOWNLOAD=1 alone.
+
+    Args:
+        base: Folder or id of the base; None where none is known.
+        where: What needs it, for messages.
+        hint: What to do where there is none.
 
     Raises:
         LoraforgeError: There is none, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    hint = _NO_TOKENIZER
     if base is None:
         raise LoraforgeError("text needs the base's tokenizer, and no base folder is known", where=where, hint=hint)
     folder, what = Path(str(base)), "text needs a tokenizer, and the base has none that can be loaded"
@@ -134,7 +138,7 @@ def load_tokenizer(base: object, where: object) -> Any:
             hint=hint,
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(base), local_files_only=local_only())
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise LoraforgeError(what, where=base, got=str(error).strip().split("\n")[0], hint=hint) from error
     if not len(tokenizer):
@@ -148,8 +152,12 @@ def own_folder(config: Any) -> str | None:
     return origin if isinstance(origin, str) and origin and Path(origin).is_dir() else None
 
 
-def _check_known(samples: Sequence[Sample], tokenizer: Any, where: object) -> None:
-    """Refuses texts of which next to nothing is left but unknown words (special tokens are not counted)."""
+def check_known(samples: Sequence[Sample], tokenizer: Any, where: object) -> None:
+    """Refuses texts of which next to nothing is left but unknown words (special tokens are not counted).
+
+    Raises:
+        LoraforgeError: More than nine tenths of the tokens are unknown.
+    """
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is None:
         return

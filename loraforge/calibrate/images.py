@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[str] | None]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise LoraforgeError(
-            "the calibration folder holds no image", where=folder, expected=f"files ending in {', '.join(SUFFIXES)}"
+            "the folder holds no image", where=folder, expected=f"files ending in {', '.join(SUFFIXES)}"
         )
     classes = [path.relative_to(folder).parts[0] for path in paths]
     nested = all(len(path.relative_to(folder).parts) > 1 for path in paths)
@@ -36,7 +37,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[str] | None]:
 
 
 def load_image_processor(*folders: object) -> Any:
-    """The image processor of the first folder that has one, or None; no network.
+    """The image processor of the first folder (or id in the local cache) that has one, or None; no network.
 
     Raises:
         LoraforgeError: It is there but cannot be read.
@@ -44,7 +45,7 @@ def load_image_processor(*folders: object) -> Any:
     from transformers import AutoImageProcessor
 
     for folder in folders:
-        if folder is None or not (Path(str(folder)) / PROCESSOR_FILE).is_file():
+        if folder is None or not _has_processor(str(folder)):
             continue
         try:
             return AutoImageProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -58,13 +59,24 @@ def load_image_processor(*folders: object) -> Any:
     return None
 
 
+def _has_processor(base: str) -> bool:
+    if Path(base).exists():
+        return (Path(base) / PROCESSOR_FILE).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return isinstance(try_to_load_from_cache(base, PROCESSOR_FILE), str)
+    except ValueError:  # neither a folder nor an id
+        return False
+
+
 def encode_images(
-    paths: Sequence[Path], processor: Any, config: Any, names: Sequence[str] | None = None
+    paths: Sequence[Any], processor: Any, config: Any, names: Sequence[str] | None = None
 ) -> list[Sample]:
     """Samples of images.
 
     Args:
-        paths: Image files.
+        paths: Image files, the bytes of such files, or pictures of Pillow.
         processor: The base's image processor, or None.
         config: The base's configuration; without a processor its image_size and num_channels are used, and values are
             scaled to [-1, 1] (mean and deviation 0.5).
@@ -95,14 +107,36 @@ def encode_images(
     return samples
 
 
-def _open(path: Path, where: object, mode: str) -> Image:
+def check_images(images: Sequence[Any], names: Sequence[str]) -> None:
+    """Refuses what is no image, by the beginning of the files alone.
+
+    Args:
+        images: Files, the bytes of files, or pictures of Pillow.
+        names: What to call each.
+
+    Raises:
+        LoraforgeError: Images that cannot be opened.
+    """
+    problems: list[LoraforgeError] = []
+    for image, name in zip(images, names, strict=True):
+        try:
+            _open(image, name, None)
+        except LoraforgeError as problem:
+            problems.append(problem)
+    report_problems(problems)
+
+
+def _open(source: Any, where: object, mode: str | None) -> Image:
+    """The picture in a mode; with None it is only looked at."""
     try:
         from PIL import Image
     except ImportError as error:
         raise LoraforgeError("images need the library 'pillow'", where=where, hint="pip install pillow") from error
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
+        if isinstance(source, Image.Image):
+            return source.convert(mode) if mode else source
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.convert(mode) if mode else image
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
         raise LoraforgeError("the image cannot be read", where=where, got=str(error)) from error
 

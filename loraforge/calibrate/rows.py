@@ -19,6 +19,11 @@ _HF_ADDRESS = re.compile(r"hf://(?P<name>[^#:]+)(#(?P<config>[^:]+))?(:(?P<split
 IMAGE_FIELDS = ("image", "file_name")
 
 
+def local_only() -> bool:
+    """Whether nothing may be fetched: always, unless the environment says otherwise (LORAFORGE_ALLOW_DOWNLOAD=1)."""
+    return os.environ.get(DOWNLOAD_ENV) != "1"
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a source: what to call it in messages, and its parts."""
@@ -80,6 +85,14 @@ def fields_of(template: str) -> list[str]:
     return names
 
 
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """The template with the values of its fields put in."""
+    return "".join(
+        literal + ("" if name is None else str(values[name]))
+        for literal, name, _, _ in string.Formatter().parse(template)
+    )
+
+
 def parse_rows(objects: Iterable[tuple[str, Any]], fmt: RowFormat, where: object) -> list[Row]:
     """Rows from objects, each with what to call it.
 
@@ -108,25 +121,34 @@ def parse_rows(objects: Iterable[tuple[str, Any]], fmt: RowFormat, where: object
     return rows
 
 
+def read_text(path: Path) -> str:
+    """The text of a data file, without a byte order mark.
+
+    Raises:
+        LoraforgeError: Unreadable, not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise LoraforgeError("the data file cannot be read", where=path, got=error.strerror) from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise LoraforgeError(
+            "the data file is not UTF-8 text",
+            where=f"{path}, line {line}",
+            got=f"byte 0x{error.object[error.start]:02x}",
+            expected="UTF-8",
+            hint="convert the file to UTF-8",
+        ) from error
+
+
 def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(name, object) pairs of a .jsonl file (a line each) or a .json file (one list).
 
     Raises:
         LoraforgeError: Unreadable, not UTF-8, not JSON, not a list.
     """
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise LoraforgeError("the calibration file cannot be read", where=path, got=error.strerror) from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise LoraforgeError(
-            "the calibration file is not UTF-8 text",
-            where=f"{path}, line {line}",
-            got=f"byte 0x{error.object[error.start]:02x}",
-            expected="UTF-8",
-            hint="convert the file to UTF-8",
-        ) from error
+    content = read_text(path)
     if path.suffix.lower() == ".jsonl":
         # Not splitlines(): JSON strings may hold other line separators than \n.
         lines = ((f"line {i}", line) for i, line in enumerate(content.split("\n"), 1) if line.strip())
@@ -137,7 +159,7 @@ def read_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     items = _parse_json(content, str(path))
     if not isinstance(items, list):
         raise LoraforgeError(
-            "a .json calibration file holds one list of objects",
+            "a .json data file holds one list of objects",
             where=path,
             got=type(items).__name__,
             expected='[{"text": "..."}, ...]',
@@ -165,7 +187,7 @@ def read_hub_rows(address: str) -> Iterator[tuple[str, Any]]:
             where=address,
             hint="pip install 'loraforge[data]'",
         ) from error
-    offline = os.environ.get(DOWNLOAD_ENV) != "1"
+    offline = local_only()
     try:
         rows = datasets.load_dataset(
             match["name"],
@@ -265,7 +287,4 @@ def _fill(template: str, item: Mapping[str, Any], where: str) -> str:
                 got=type(value).__name__,
                 expected="a string",
             )
-    return "".join(
-        literal + ("" if name is None else str(values[name]))
-        for literal, name, _, _ in string.Formatter().parse(template)
-    )
+    return render(template, values)

@@ -11,7 +11,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.completion import completion_init, install_callback, show_callback
 
-from loraforge.cli import bench, collect_stats, convert, demo, doctor, inspect, merge, methods, resize
+from loraforge.cli import (
+    bench,
+    cl_eval,
+    cl_report,
+    collect_stats,
+    convert,
+    demo,
+    doctor,
+    download,
+    eval,
+    inspect,
+    merge,
+    methods,
+    resize,
+    run,
+    train_full,
+    train_ilora,
+    train_lora,
+)
 from loraforge.cli._errors import INTERRUPTED, USAGE, Boundary
 
 app = typer.Typer(
@@ -35,6 +53,14 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("resize")(resize.resize)
 app.command("collect-stats")(collect_stats.collect_stats)
+app.command("train-lora")(train_lora.train_lora)
+app.command("train-full")(train_full.train_full)
+app.command("train-ilora")(train_ilora.train_ilora)
+app.command("cl-eval")(cl_eval.cl_eval)
+app.command("cl-report")(cl_report.cl_report)
+app.command("eval")(eval.eval)
+app.command("run")(run.run)
+app.command("download")(download.download)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

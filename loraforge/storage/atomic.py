@@ -15,7 +15,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def new_folder(
     *,
     resume: bool = False,
     fingerprint: Mapping[str, Any] | None = None,
+    keep: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` when the block ends well; any exception leaves no trace.
 
@@ -46,6 +47,8 @@ def new_folder(
         resume: Take up what an interrupted run with this fingerprint left, and leave the folder if interrupted (by
             KeyboardInterrupt) again. With nothing to take up, the folder is empty.
         fingerprint: JSON-ready: everything that decides what the block writes. None: nothing can be taken up.
+        keep: Asked after any failure whether what the folder holds is worth a continuation; where it is, the folder is
+            left. For runs of hours, whose failure (a full disk) need not come again.
 
     Raises:
         LoraforgeError: `out` exists and may not be replaced, another run fills it, an interrupted run had another
@@ -75,7 +78,7 @@ def new_folder(
         ours = ours and not (resume and fingerprint is not None)
         raise
     finally:
-        if ours:
+        if ours and not (keep is not None and fingerprint is not None and keep(temporary)):
             shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)

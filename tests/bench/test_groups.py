@@ -68,7 +68,7 @@ def test_the_number_of_threads_is_set_back(monkeypatch: pytest.MonkeyPatch) -> N
     ("options", "word"),
     [
         ({"groups": ["kernel"]}, "did you mean 'kernels'"),
-        ({"groups": ["train"]}, "unknown group"),
+        ({"groups": ["training"]}, "did you mean 'train'"),
         ({"size": "huge"}, "unknown size"),
         ({"threads": 0}, "threads"),
         ({"runs": 0}, "runs"),

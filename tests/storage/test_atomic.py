@@ -109,6 +109,29 @@ def test_only_an_interruption_that_may_be_resumed_leaves_anything(tmp_path: Path
         assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("failure", [OSError, LoraforgeError, KeyboardInterrupt])
+def test_what_is_worth_keeping_stays_after_any_failure(tmp_path: Path, failure: type[BaseException]) -> None:
+    seen = []
+    for worth in (False, True):
+
+        def keep(part: Path, worth: bool = worth) -> bool:
+            seen.append((part / "half").read_text(encoding="utf-8"))
+            return worth
+
+        expected = LoraforgeError if failure is OSError else failure
+        with (
+            pytest.raises(expected),
+            new_folder(tmp_path / "out", fingerprint=PRINT, keep=keep) as folder,
+        ):
+            (folder / "half").write_text("x", encoding="utf-8")
+            raise failure("no")
+        assert [path.name for path in tmp_path.iterdir()] == ([".out.part"] if worth else [])
+    assert seen == ["x", "x"]
+    with new_folder(tmp_path / "out", resume=True, fingerprint=PRINT, keep=lambda part: True) as folder:
+        assert (folder / "half").read_text(encoding="utf-8") == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_another_fingerprint_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     left = leave(tmp_path / "out")
     other = {"inputs": ["a", "c"], "seed": 1, "rank": 4}
