@@ -10,6 +10,8 @@ export MKL_NUM_THREADS ?= 1
 export MAX_JOBS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Processes that share the test files between them.
+WORKERS ?= 2
 
 .PHONY: demo test lint bench cuda-check gpu-check clean setup
 
@@ -17,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/loraforge demo --out demo-run --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""loraforge: merge LoRA adapters, exactly where others approximate.
+"""loraforge: merge LoRA adapters, exactly where others approximate, and train them task after task.
 
     import loraforge as lf
     merged = lf.merge(["loras/a", "loras/b"], method="svd")
@@ -25,6 +25,14 @@ _PUBLIC = {
     "merge_stats": "loraforge.input_stats",
     "load_stats": "loraforge.input_stats",
     "open_adapter": "loraforge.adapters",
+    "train_lora": "loraforge.training.single",
+    "train_full": "loraforge.training.single",
+    "train_ilora": "loraforge.training.sequence.run",
+    "cl_eval": "loraforge.training.sequence.evaluate",
+    "cl_report": "loraforge.training.sequence.report",
+    "evaluate": "loraforge.evaluation.evaluate",
+    "run_pipeline": "loraforge.pipelines.run",
+    "download": "loraforge.pipelines.fetching",
     "run_demo": "loraforge.demo",
     "run_bench": "loraforge.bench",
     "LowRank": "loraforge.types",
@@ -41,6 +49,7 @@ if TYPE_CHECKING:
     from loraforge.demo import run_demo as run_demo
     from loraforge.errors import LoraforgeError as LoraforgeError
     from loraforge.errors import UsageError as UsageError
+    from loraforge.evaluation.evaluate import evaluate as evaluate
     from loraforge.input_stats import collect_stats as collect_stats
     from loraforge.input_stats import load_stats as load_stats
     from loraforge.input_stats import merge_stats as merge_stats
@@ -48,7 +57,14 @@ if TYPE_CHECKING:
     from loraforge.merging.methods import METHODS as METHODS
     from loraforge.merging.result import MergeResult as MergeResult
     from loraforge.merging.runner import merge as merge
+    from loraforge.pipelines.fetching import download as download
+    from loraforge.pipelines.run import run_pipeline as run_pipeline
     from loraforge.resizing import resize as resize
+    from loraforge.training.sequence.evaluate import cl_eval as cl_eval
+    from loraforge.training.sequence.report import cl_report as cl_report
+    from loraforge.training.sequence.run import train_ilora as train_ilora
+    from loraforge.training.single import train_full as train_full
+    from loraforge.training.single import train_lora as train_lora
     from loraforge.types import LowRank as LowRank
 
 

@@ -1,8 +1,9 @@
 """Recipes: everything that the merge command can be told, as a YAML file, and the presets that come with loraforge.
 
-Two spellings are read into one plain dict whose keys are the arguments of `loraforge.merge` (plus `out`, `tasks`, what a
-preset says about its adapters, and `pipeline`: how `loraforge run` trains and measures them): loraforge's own, and the IterIS documents' configuration files with one section
-a `task_type` and a global `seed`. A method's parameters may stand at the top level or under `params`. Torch-free.
+Two spellings are read into one plain dict: loraforge's own, and the IterIS documents' configuration files with one section
+a `task_type` and a global `seed`. Its keys are the arguments of `loraforge.merge`, `out`, `tasks`, what a preset says about
+its adapters, and `pipeline`: how `loraforge run` trains and measures them. A method's parameters may stand at the top level
+or under `params`. Torch-free.
 """
 
 from __future__ import annotations

@@ -28,6 +28,10 @@ PUBLISHED = {
         "samples_num": 50, "max_length": 168, "alpha": 8e-7, "rank": 32, "if_balance": False, "if_divide": False,
         "inner_num": 2, "outer_num": 4, "eval": 24,
     },
+    "GLUE_bart": {
+        "base": "facebook/bart-base", "tasks": ["qqp", "mrpc"], "max_iter": 10, "samples_num": 50, "max_length": 256,
+        "alpha": 1e-4, "rank": 8, "if_balance": True, "if_divide": False, "inner_num": 2, "outer_num": 5, "eval": 32,
+    },
 }  # fmt: skip
 
 DOCUMENT_FILE = """
@@ -104,6 +108,32 @@ def test_preset_parameters_are_the_methods(name: str) -> None:
     params = load_recipe(name)["params"]
     made = IterisParams(**params)
     assert made.max_iter == params["max_iter"]
+
+
+def test_presets_of_the_other_documents() -> None:
+    """Qwen3 with the energy rule of the randomized SVD; eight image tasks with the settings of Iso-IASAD."""
+    qwen = load_recipe("PIQA_SIQA_qwen3")
+    assert qwen["base"] == "Qwen/Qwen3-0.6B" and qwen["method"] == "rsvd" and qwen["tasks"] == ["piqa", "siqa"]
+    assert (qwen["energy"], qwen["min_rank"], qwen["max_rank"]) == (0.99, 4, 32)
+    assert (qwen["adapter_rank"], qwen["adapter_alpha"]) == (32, [16, 16])
+    lora, train = qwen["pipeline"]["lora"], qwen["pipeline"]["train"]
+    assert lora == {"r": 32, "alpha": 16, "dropout": 0.05, "targets": ["q_proj", "v_proj"]}
+    assert train["per_device_train_batch_size"] * train["gradient_accumulation_steps"] == 16
+    assert (train["learning_rate"], train["num_train_epochs"], train["bf16"]) == (5e-5, 2, True)
+    assert [task["loss_on"] for task in qwen["pipeline"]["tasks"]] == ["all", "all"]
+    assert qwen["pipeline"]["eval"] == {"choice_mode": "document"}
+    vit = load_recipe("VIT_B_16_8")
+    assert len(vit["tasks"]) == len(vit["pipeline"]["tasks"]) == 8 and vit["method"] == "iso-c"
+    methods = {merge["method"]: merge.get("params") for merge in vit["pipeline"]["merges"]}
+    assert methods["iso-iasad"] == {"iters": 10, "sparsity": 0.1, "rank_ratio": 0.75, "prune_level": "row"}
+    assert methods["iso-cts"] == {"common_fraction": 0.8}
+
+
+def test_a_pipeline_is_no_argument_of_a_merge() -> None:
+    recipe = load_recipe("VIT_B_16_8")
+    assert "pipeline" in recipe and set(merge_arguments(recipe)) == {"method", "base", "seed"}
+    own = merge_recipe(recipe, {"adapters": ["a", "b"], "rank": 3})
+    assert own["adapters"] == ["a", "b"] and "tasks" not in own and own["pipeline"] == recipe["pipeline"]
 
 
 def test_document_preset_is_literal() -> None:

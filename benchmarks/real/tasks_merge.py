@@ -95,22 +95,19 @@ def own_scores(work: Path, seed: int) -> Score:
 
 def score(work: Path, seed: int, folder: Path | None, tasks: tuple[str, ...]) -> dict[str, str]:
     """Correctness of every test row, "1" or "0", of each task under an adapter (or none) with the task's own head."""
-    import torch
     from peft import PeftModel
 
     from loraforge.evaluation.score import score_task
 
     model = base_model()
+    model.classifier = head_of(work, seed, tasks[0])  # of the size that an adapter with a head of its own expects
     adapted = model
     if folder is not None:
         adapted = PeftModel.from_pretrained(model, str(folder))
     found = {}
     try:
         for name in tasks:
-            head = own_head(work, seed, name)
-            layer = torch.nn.Linear(head["weight"].shape[1], head["weight"].shape[0])
-            layer.load_state_dict(head)
-            model.classifier = layer
+            model.classifier = head_of(work, seed, name)
             outcome = score_task(adapted, test_rows(work, name), batch_tokens=BATCH_TOKENS)
             found[name] = "".join("1" if value else "0" for value in outcome.outcomes)
     finally:
@@ -119,13 +116,16 @@ def score(work: Path, seed: int, folder: Path | None, tasks: tuple[str, ...]) ->
     return found
 
 
-def own_head(work: Path, seed: int, name: str) -> dict[str, Any]:
-    """Weight and bias of the head that was trained with a task's adapter."""
+def head_of(work: Path, seed: int, name: str) -> Any:
+    """The linear layer that was trained with a task's adapter."""
+    import torch
     from safetensors.torch import load_file
 
     tensors = load_file(adapter_folder(work, seed, name) / "adapter_model.safetensors")
-    marked = ".classifier."
-    return {key.rsplit(".", 1)[-1]: tensor for key, tensor in tensors.items() if marked in key}
+    head = {key.rsplit(".", 1)[-1]: tensor for key, tensor in tensors.items() if ".classifier." in key}
+    layer = torch.nn.Linear(head["weight"].shape[1], head["weight"].shape[0])
+    layer.load_state_dict(head)
+    return layer
 
 
 @functools.cache

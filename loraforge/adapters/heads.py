@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from loraforge.adapters.keys import head_module, shorten
 from loraforge.adapters.reader import Adapter
 from loraforge.errors import LoraforgeError, did_you_mean
+from loraforge.storage.names import TASK_CARD
+from loraforge.storage.stream import save_tensors
 
 # What names the adapter whose heads are taken: the option.
 CHOICE = "--from"
@@ -32,6 +35,7 @@ class HeadsPlan:
         modules_to_save: Modules of the merged heads, for the configuration.
         config: Further fields of the merged configuration (bias, trainable_token_indices).
         aside: adapter name -> its heads, written under heads/<adapter>/.
+        cards: adapter name -> its task.json, written beside them: with it a head knows its classes.
         notes: What was decided, in sentences for the report.
     """
 
@@ -39,6 +43,7 @@ class HeadsPlan:
     modules_to_save: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     aside: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    cards: Mapping[str, bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def index_of(self, name: str) -> str:
@@ -48,6 +53,23 @@ class HeadsPlan:
             for key, tensor in self.aside[name].items()
         }
         return json.dumps({"adapter": name, "file": "heads.safetensors", "keys": keys}, indent=2) + "\n"
+
+
+def write_aside(folder: Path, heads: HeadsPlan, aside: Mapping[str, Mapping[str, Tensor]] | None = None) -> None:
+    """Writes heads that differ between the adapters, each under its adapter's name.
+
+    Args:
+        folder: Of the merged adapter or model.
+        heads: The plan.
+        aside: The tensors where they are not the plan's own: under other names.
+    """
+    for name, tensors in (heads.aside if aside is None else aside).items():
+        place = folder / "heads" / name
+        place.mkdir(parents=True)
+        save_tensors(place / "heads.safetensors", tensors)
+        (place / "heads.json").write_text(heads.index_of(name), encoding="utf-8")
+        if name in heads.cards:
+            (place / TASK_CARD).write_bytes(heads.cards[name])
 
 
 def resolve_heads(adapters: Sequence[Adapter], heads_from: str | None = None) -> HeadsPlan:
@@ -71,6 +93,7 @@ def resolve_heads(adapters: Sequence[Adapter], heads_from: str | None = None) ->
         for adapter in holders:
             aside = plan.aside.setdefault(names[adapters.index(adapter)], {})
             aside.update((key, adapter.load_head(key)) for key in _keys_of(adapter, module))
+            plan.take_card(names[adapters.index(adapter)], adapter)
     if plan.aside:
         plan.notes.append(
             f"heads differ between {', '.join(plan.aside)}: each is kept under heads/<adapter>/ and the merged adapter "
@@ -89,6 +112,7 @@ class _Decisions:
         self.modules: list[str] = []
         self.config: dict[str, Any] = {}
         self.aside: dict[str, dict[str, Tensor]] = {}
+        self.cards: dict[str, bytes] = {}
         self.notes: list[str] = []
 
     def take(self, adapter: Adapter, keys: Sequence[str], module: str | None = None) -> None:
@@ -96,13 +120,18 @@ class _Decisions:
         if module is not None:
             self.modules.append(module)
 
+    def take_card(self, name: str, adapter: Adapter) -> None:
+        if (card := adapter.path / TASK_CARD).is_file():
+            self.cards[name] = card.read_bytes()
+
     def take_extras_config(self, adapter: Adapter) -> None:
         for name in ("bias", "trainable_token_indices"):
             if adapter.config.get(name) not in (None, "none"):
                 self.config[name] = adapter.config[name]
 
     def freeze(self) -> HeadsPlan:
-        return HeadsPlan(self.merged, tuple(sorted(self.modules)), self.config, self.aside, tuple(self.notes))
+        modules, notes = tuple(sorted(self.modules)), tuple(self.notes)
+        return HeadsPlan(self.merged, modules, self.config, self.aside, self.cards, notes)
 
 
 def unique_names(adapters: Sequence[Adapter]) -> list[str]:

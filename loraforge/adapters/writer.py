@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from loraforge.adapters.config import CONFIG_NAME, TASK_HEADS
-from loraforge.adapters.heads import HeadsPlan
+from loraforge.adapters.heads import HeadsPlan, write_aside
 from loraforge.adapters.keys import PREFIX
 from loraforge.adapters.layouts import layout_of
 from loraforge.adapters.origin import PeftMeta
@@ -30,7 +30,7 @@ from loraforge.adapters.session import Places, WriteReport, WriteSession
 from loraforge.errors import LoraforgeError
 from loraforge.storage.atomic import new_folder
 from loraforge.storage.leftovers import RESUME
-from loraforge.storage.stream import TensorStream, save_tensors
+from loraforge.storage.stream import TensorStream
 from loraforge.types import LowRank
 
 __all__ = ["AdapterWriter", "PeftMeta", "WriteReport", "WriteSession", "peft_config", "write_adapter"]
@@ -136,11 +136,7 @@ class AdapterWriter:
             biased = any(shape.biased for shape in places.shapes.values())
             config = peft_config(report.file_ranks, meta, self.heads, report.file_alphas, places.parameters, biased)
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, tensors in self.heads.aside.items():
-            place = folder / "heads" / name
-            place.mkdir(parents=True)
-            save_tensors(place / "heads.safetensors", tensors)
-            (place / "heads.json").write_text(self.heads.index_of(name), encoding="utf-8")
+        write_aside(folder, self.heads)
         for relative, content in self.extra_files.items():
             _write_extra(folder, relative, content(report) if callable(content) else content)
 

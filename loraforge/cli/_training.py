@@ -141,7 +141,7 @@ def lora_of(given: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: A badly written pattern.
         LoraforgeError: A pattern file that cannot be read.
     """
-    from loraforge.training.options import read_patterns
+    from loraforge.training.patterns import read_patterns
 
     found: dict[str, Any] = {}
     for key in ("targets", "rank_pattern", "alpha_pattern"):

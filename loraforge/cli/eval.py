@@ -160,13 +160,13 @@ def eval(
 def _print(voice: Output, found: Mapping[str, Any], out: str | None) -> None:
     if not voice.is_human:
         return
-    from loraforge.report.evaluation import differences_table, scores_table
+    from loraforge.report.evaluation_tables import differences_table, scores_table, shown_rows
 
     scores = scores_table(found, whole=voice.verbose)
     headers = [header.replace(" %", "") for header in scores.headers]
     voice.table(headers, [list(row) for row in scores.rows])
     voice.line("scores in percent (perplexities as they are), with 95 % intervals")
-    for row in found["rows"]:
+    for row in shown_rows(found):
         for name, cell in row["cells"].items():
             if cell.get("reason"):
                 voice.note(f"note: no score of {row['name']} on {name}: {cell['reason']}")

@@ -72,6 +72,9 @@ def train_ilora(
     if nproc is not None and "RANK" in os.environ:
         raise UsageError("a launcher started this process already", where="--nproc", hint="leave --nproc out")
     if nproc is not None and nproc > 1 and not dry_run:
+        from loraforge.training.sequence.spec import load_sequence
+
+        load_sequence(sequence)  # what is wrong there is told once, not by every process
         _launch(nproc)
         return
     # Of several processes one speaks.

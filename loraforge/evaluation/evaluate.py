@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from loraforge.calibrate.encode import load_tokenizer
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 from loraforge.evaluation.batches import Progress
-from loraforge.evaluation.heads import Head, Heads, NoHead
+from loraforge.evaluation.heads import Heads
 from loraforge.evaluation.likelihood import CHOICE_MODES
-from loraforge.evaluation.metrics import LABELLED, METRICS, metrics_for
+from loraforge.evaluation.metrics import METRICS, metrics_for
 from loraforge.evaluation.output import check_out, write_evaluation
-from loraforge.evaluation.score import TaskScore, score_task
-from loraforge.evaluation.subjects import BASE, OWN, Places, Subject, adapted, open_subjects
-from loraforge.evaluation.swapping import swapped
+from loraforge.evaluation.run import Run
+from loraforge.evaluation.score import TaskScore
+from loraforge.evaluation.subjects import BASE, OWN, Places, Subject, open_subjects
 from loraforge.evaluation.table import averages, cell_record, differences
 from loraforge.linalg.device import choose_device
-from loraforge.tasks import TaskData, TaskSpec, load_model, load_task, resolve_kind, task_labels, task_type_of
+from loraforge.tasks import TaskSpec
 
 
 def evaluate(
@@ -108,10 +105,10 @@ def evaluate(
         "batch_tokens": batch_tokens, "seed": seed,
     }  # fmt: skip
     loading = {"dtype": dtype, "device": choose_device(device), "seed": seed}
-    run = _Run(base, specs, subjects, table, split, limit, tokenizer, scoring, loading, progress)
+    run = Run(base, specs, subjects, table, split, limit, tokenizer, scoring, loading, progress)
     run.prepare()
     run.score()
-    record = run.record(against, outcomes=outcomes)
+    record = _record(run, against, outcomes=outcomes)
     record["settings"] = scoring | {"limit": limit, "dtype": dtype, "device": str(loading["device"])}
     record["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
     record["seconds"] = round(time.perf_counter() - started, 3)
@@ -144,215 +141,72 @@ def _checked_tasks(tasks: Sequence[TaskSpec], split: str) -> Sequence[TaskSpec]:
     return tasks
 
 
-@dataclass(slots=True)
-class _Run:
-    """One evaluation while it runs."""
+def _record(run: Run, against: str | None, *, outcomes: bool) -> dict[str, Any]:
+    """The result.
 
-    base: Any
-    specs: list[TaskSpec]
-    subjects: list[Subject]
-    heads: Heads
-    split: str
-    limit: int | None
-    tokenizer: Any
-    scoring: dict[str, Any]
-    loading: dict[str, Any]
-    progress: Progress | None
-    kinds: dict[str, str] = field(default_factory=dict)
-    data: dict[tuple[str, tuple[str, ...] | None, str], TaskData] = field(default_factory=dict)
-    cells: dict[str, dict[str, TaskScore | str]] = field(default_factory=dict)
-    sources: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def prepare(self) -> None:
-        """Kinds and metrics of all tasks, before any weight is read.
-
-        Raises:
-            LoraforgeError: A task that the base cannot do, or a metric that it has not; all problems at once.
-        """
-        problems: list[LoraforgeError] = []
-        for spec in self.specs:
-            try:
-                self.kinds[spec.id] = resolve_kind(spec, base=self.base)
-                metrics_for(self.kinds[spec.id], self.scoring["metrics"] or spec.metrics, f"task '{spec.id}'")
-                if self.kinds[spec.id] in LABELLED and spec.labels is None and spec.train is None:
-                    raise LoraforgeError(
-                        "the classes of the task are not known", where=f"task '{spec.id}'",
-                        expected="`labels` or `train` in the task, or an adapter of ours, whose task.json says them",
-                        hint="--labels A,B names them in the head's order",
-                    )  # fmt: skip
-            except LoraforgeError as problem:
-                problems.append(problem)
-        raise_problems(problems)
-        misplaced = map(self._misplaced, self.subjects)
-        raise_problems([found for found in misplaced if found is not None])
-        if self.tokenizer is None and set(self.kinds.values()) != {"images"}:
-            folder = getattr(getattr(self.base, "config", None), "name_or_path", None) or self.base
-            self.tokenizer = load_tokenizer(folder, "evaluation")
-
-    def score(self) -> None:
-        """Fills the cells, one class of base in memory at a time."""
-        self.cells = {subject.name: {} for subject in self.subjects}
-        groups: dict[object, list[TaskSpec]] = {}
-        for spec in self.specs:
-            kind = self.kinds[spec.id]
-            groups.setdefault((task_type_of(kind), kind == "images"), []).append(spec)
-        for group in groups.values():
-            self._score_group(group)
-        for name, cells in self.cells.items():
-            self.cells[name] = {spec.id: cells[spec.id] for spec in self.specs}
-
-    def _score_group(self, specs: list[TaskSpec]) -> None:
-        """The tasks that one class of model serves: each full model, then the base with each adapter."""
-        models = [subject for subject in self.subjects if subject.kind == "model"]
-        # Those that a task belongs to come first: the others may need their heads.
-        for subject in sorted(models, key=lambda subject: subject.name not in self.heads.owners.values()):
-            for spec in specs:
-                # Each for itself: the head of a full model is told from a made-up one by its classes.
-                whole = self._load(subject.path, spec, subject.card)
-                self._score_cell(subject, spec, whole.model, whole)
-                del whole
-        gc.collect()
-        loaded = self._load(self.base, specs[0])
-        for subject in self.subjects:
-            if subject.kind == "model":
-                continue
-            with adapted(loaded.model, subject) as model:
-                for spec in specs:
-                    self._score_cell(subject, spec, model, loaded)
-        del loaded, model
-        gc.collect()
-
-    def _load(self, place: Any, spec: TaskSpec, card: Mapping[str, Any] | None = None) -> _Loaded:
-        kind = self.kinds[spec.id]
-        labels: tuple[str, ...] = ()
-        if kind in LABELLED:
-            labels = tuple(card["labels"]) if card is not None and card["labels"] else task_labels(spec)
-        model, config, fresh = load_model(place, kind, head_labels=labels, **self.loading)
-        return _Loaded(model.eval(), config, fresh, labels)
-
-    def _score_cell(self, subject: Subject, spec: TaskSpec, model: nn.Module, loaded: _Loaded) -> None:
-        kind, cells = self.kinds[spec.id], self.cells[subject.name]
-        self._tell(subject, spec)
-        if kind not in LABELLED:
-            cells[spec.id] = self._scored(spec, model, loaded, None)
-            return
-        native = not loaded.fresh and (subject.kind == "model" or loaded.labels == task_labels(spec))
-        try:
-            head = self.heads.of(subject, spec, native)
-            tensors = head.tensors or {}
-            bare = [name for name in loaded.fresh if not any(key.startswith(f"{name}.") for key in tensors)]
-            if bare:
-                raise NoHead(f"neither the base's file nor the head has weights of {', '.join(bare)}")
-        except NoHead as missing:
-            cells[spec.id] = str(missing)
-            return
-        if subject.kind == "model":
-            self.heads.learn(spec, subject, head, model)
-        with swapped(model, tensors, head.source):
-            cells[spec.id] = self._scored(spec, model, loaded, head)
-        self.sources[subject.name, spec.id] = head.source
-
-    def _scored(self, spec: TaskSpec, model: nn.Module, loaded: _Loaded, head: Head | None) -> TaskScore:
-        labels, space = (None, "shared") if head is None else (head.labels, head.space)
-        key = (spec.id, labels, space)
-        if key not in self.data:
-            self.data[key] = load_task(
-                spec, self.split, tokenizer=self.tokenizer, config=loaded.config, base=self.base, head_labels=labels,
-                label_space=space, limit=self.limit, seed=self.scoring["seed"],
-            )  # fmt: skip
-        return score_task(model, self.data[key], tokenizer=self.tokenizer, progress=self.progress, **self.scoring)
-
-    def _tell(self, subject: Subject, spec: TaskSpec) -> None:
-        if self.progress is not None:
-            done = sum(len(cells) for cells in self.cells.values())
-            self.progress("cells", f"{subject.name} on {spec.id}", done, len(self.subjects) * len(self.specs))
-
-    def record(self, against: str | None, *, outcomes: bool) -> dict[str, Any]:
-        """The result.
-
-        Raises:
-            LoraforgeError: A row without any score; `against` names no row.
-        """
-        kept = [subject for subject in self.subjects if self._has_scores(subject)]
-        scored = {subject.name: self.cells[subject.name] for subject in kept}
-        own = {task: self.cells[name][task] for task, name in self.heads.owners.items()}
-        first = against or kept[0].name
-        if first not in scored:
-            raise LoraforgeError("--against names no row", got=first, hint=did_you_mean(first, scored))
-        rows = [self._row(subject, own, outcomes) for subject in kept]
-        if len(own) == len(self.specs) and len(set(self.heads.owners.values())) > 1:
-            cells = {task: self._cell(name, task, False) for task, name in self.heads.owners.items()}
-            rows.insert(
-                int(kept[0].kind == "base"),
-                {"name": OWN, "kind": "own", "path": None, "cells": cells, **averages(own, own)},
-            )
-        return {
-            "base": str(getattr(getattr(self.base, "config", None), "name_or_path", self.base)),
-            "split": self.split,
-            "tasks": [self._task(spec) for spec in self.specs],
-            "rows": rows,
-            "own": self.heads.owners,
-            "differences": differences(scored, first),
+    Raises:
+        LoraforgeError: A row without any score; `against` names none.
+    """
+    kept = [subject for subject in run.subjects if _has_scores(run, subject)]
+    if not kept:
+        raise run.unscored(run.subjects[0], run.cells[BASE])
+    scored = {subject.name: run.cells[subject.name] for subject in kept}
+    owners = run.heads.owners
+    own = {task: run.cells[name][task] for task, name in owners.items()}
+    first = against or kept[0].name
+    if first not in scored:
+        raise LoraforgeError("--against names a row without scores", got=first, hint=did_you_mean(first, scored))
+    rows = [_row(run, subject, own, outcomes) for subject in kept]
+    if len(own) == len(run.specs) and len(set(owners.values())) > 1:
+        cells = {spec.id: _cell(run, owners[spec.id], spec.id, False) for spec in run.specs}
+        singles = {
+            "name": OWN,
+            "kind": "own",
+            "path": None,
+            "cells": cells,
+            **averages(own, own),
+            "normalised_interval": None,
         }
-
-    def _has_scores(self, subject: Subject) -> bool:
-        """Whether a row is shown: the base only where it has a score, others have to have one.
-
-        Raises:
-            LoraforgeError: They have none.
-        """
-        reasons = {task: cell for task, cell in self.cells[subject.name].items() if isinstance(cell, str)}
-        if len(reasons) < len(self.specs):
-            return True
-        if subject.kind == "base":
-            return False
-        raise self._unscored(subject, reasons)
-
-    def _misplaced(self, subject: Subject) -> LoraforgeError | None:
-        """What is wrong with an adapter whose head is of none of the tasks; known before any weight is read."""
-        if not subject.heads:
-            return None
-        reasons: dict[str, str] = {}
-        for spec in self.specs:
-            try:
-                if self.kinds[spec.id] not in LABELLED or self.heads.of(subject, spec, native=False):
-                    return None
-            except NoHead as missing:
-                reasons[spec.id] = str(missing)
-        return self._unscored(subject, reasons)
-
-    def _unscored(self, subject: Subject, reasons: Mapping[str, str]) -> LoraforgeError:
-        return LoraforgeError(
-            f"'{subject.name}' can be scored on no task", where=subject.path,
-            got="; ".join(f"{task}: {reason}" for task, reason in reasons.items()),
-            hint=f"--heads {self.specs[0].id}=ADAPTER names a head for a task",
-        )  # fmt: skip
-
-    def _row(self, subject: Subject, own: Mapping[str, TaskScore | str], outcomes: bool) -> dict[str, Any]:
-        cells = {spec.id: self._cell(subject.name, spec.id, outcomes) for spec in self.specs}
-        path = None if subject.path is None else str(subject.path)
-        sha256 = None if subject.adapter is None else subject.adapter.sha256
-        head = {"name": subject.name, "kind": subject.kind, "path": path, "sha256": sha256}
-        return head | {"cells": cells} | averages(self.cells[subject.name], own)
-
-    def _cell(self, name: str, task: str, outcomes: bool) -> dict[str, Any]:
-        return cell_record(self.cells[name][task], self.sources.get((name, task)), outcomes=outcomes)
-
-    def _task(self, spec: TaskSpec) -> dict[str, Any]:
-        data = next((data for key, data in self.data.items() if key[0] == spec.id), None)
-        main = metrics_for(self.kinds[spec.id], self.scoring["metrics"] or spec.metrics)[0]
-        found: dict[str, Any] = {"id": spec.id, "kind": self.kinds[spec.id], "metric": main.name, "title": main.title}
-        found["lower_is_better"] = main.lower_is_better
-        if data is not None:
-            found |= {"n": len(data), "available": data.available, "source": data.source, "sha256": data.sha256}
-        return found
+        rows.insert(int(kept[0].kind == "base"), singles)
+    return {
+        "base": str(getattr(getattr(run.base, "config", None), "name_or_path", run.base)),
+        "split": run.split,
+        "tasks": [_task(run, spec) for spec in run.specs],
+        "rows": rows,
+        "own": owners,
+        "differences": differences(scored, first),
+    }
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A model, its configuration, the modules whose weights were made up, and the classes that it was loaded for."""
+def _has_scores(run: Run, subject: Subject) -> bool:
+    """Whether a row is shown: the base only where it has a score, others have to have one.
 
-    model: nn.Module
-    config: Any
-    fresh: tuple[str, ...]
-    labels: tuple[str, ...]
+    Raises:
+        LoraforgeError: They have none.
+    """
+    shown = any(isinstance(cell, TaskScore) for cell in run.cells[subject.name].values())
+    if not shown and subject.kind != "base":
+        raise run.unscored(subject, run.cells[subject.name])
+    return shown
+
+
+def _row(run: Run, subject: Subject, own: Mapping[str, TaskScore | str], outcomes: bool) -> dict[str, Any]:
+    cells = {spec.id: _cell(run, subject.name, spec.id, outcomes) for spec in run.specs}
+    path = None if subject.path is None else str(subject.path)
+    sha256 = None if subject.adapter is None else subject.adapter.sha256
+    about = {"name": subject.name, "kind": subject.kind, "path": path, "sha256": sha256}
+    return about | {"cells": cells} | averages(run.cells[subject.name], own)
+
+
+def _cell(run: Run, name: str, task: str, outcomes: bool) -> dict[str, Any]:
+    return cell_record(run.cells[name][task], run.sources.get((name, task)), outcomes=outcomes)
+
+
+def _task(run: Run, spec: TaskSpec) -> dict[str, Any]:
+    main = metrics_for(run.kinds[spec.id], run.scoring["metrics"] or spec.metrics)[0]
+    found: dict[str, Any] = {"id": spec.id, "kind": run.kinds[spec.id], "metric": main.name, "title": main.title}
+    found["lower_is_better"] = main.lower_is_better
+    data = next((data for key, data in run.data.items() if key[0] == spec.id), None)
+    if data is not None:
+        found |= {"n": len(data), "available": data.available, "source": data.source, "sha256": data.sha256}
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loraforge.pipelines.download import download
+from loraforge.pipelines.fetching import download
 from loraforge.pipelines.recipe import open_pipeline, pipeline_presets
 from loraforge.pipelines.run import run_pipeline
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 from loraforge.merging.methods import MethodRow, find_method
-from loraforge.recipe_keys import OPTIONS, PARAMS
+from loraforge.pipelines.settings import SECTIONS, apply_settings, as_typed
 from loraforge.recipes import load_recipe, merge_arguments, preset_names, read_entry
-from loraforge.tasks.spec import KEYS as TASK_KEYS
 from loraforge.tasks.spec import TaskSpec, parse_task
 
 TRAINS = ("lora", "full")
-SECTIONS = ("lora", "train", "eval")
 KEYS = ("how", *SECTIONS, "tasks", "merges", "sources")
 EVALUATION = ("metrics", "choice_mode", "split", "limit", "max_new_tokens", "batch_tokens", "dtype")
 # Of a recipe's own merge, what its pipeline brings itself.
@@ -113,54 +107,8 @@ def open_pipeline(
     recipe = apply_settings(recipe, settings or {})
     own = Path(str(source).partition("#")[0]).parent if str(source) not in preset_names() else Path()
     words = [str(source), *(() if data is None else ("--data", str(data)))]
-    words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={_as_typed(value)}")]
+    words += [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={as_typed(value)}")]
     return _parse(recipe, Path(data) if data is not None else own, str(source), shlex.join(words))
-
-
-def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe with dotted keys set.
-
-    Raises:
-        UsageError: An unknown key, section or task (with the closest known one).
-        LoraforgeError: A value of the wrong kind.
-    """
-    changed = copy.deepcopy(dict(recipe))
-    pipeline = changed["pipeline"]
-    for key, value in settings.items():
-        head, _, rest = key.partition(".")
-        if head == "rows" and not rest:
-            for task in pipeline.get("tasks") or ():
-                task["rows"] = value
-        elif head == "how" and not rest:
-            pipeline["how"] = value
-        elif head in SECTIONS and rest:
-            pipeline[head] = {**(pipeline.get(head) or {}), rest: value}
-        elif head == "tasks" and rest:
-            _set_task(pipeline.get("tasks") or (), rest, value, key)
-        elif head == "params" and rest in PARAMS:
-            changed["params"] = {**changed.get("params", {}), **read_entry({rest: value}, key)["params"]}
-        elif head in OPTIONS and not rest and head not in ("pipeline", "params", "tasks", "adapters", "calibration"):
-            changed |= read_entry({head: value}, "--set")
-        else:
-            known = [*OPTIONS, "rows", "how", *(f"{s}.NAME" for s in (*SECTIONS, "params")), "tasks.ID.KEY"]
-            raise UsageError(f"unknown key '{key}' of a recipe", where="--set", hint=did_you_mean(key, known))
-    return changed
-
-
-def _as_typed(value: Any) -> str:
-    """A value as one types it behind `--set KEY=`."""
-    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)
-
-
-def _set_task(tasks: Sequence[dict[str, Any]], rest: str, value: Any, key: str) -> None:
-    """Sets `ID.KEY` of a task; an id may hold dots, a key does not."""
-    name, _, field = rest.rpartition(".")
-    names = [str(task.get("id")) for task in tasks]
-    if name not in names:
-        raise UsageError(f"no task '{name}' in the recipe", where=key, hint=did_you_mean(name, names))
-    if field not in TASK_KEYS:
-        raise UsageError(f"unknown key '{field}' of a task", where=key, hint=did_you_mean(field, TASK_KEYS))
-    tasks[names.index(name)][field] = value
 
 
 def _parse(recipe: Mapping[str, Any], data: Path, where: str, words: str) -> Pipeline:

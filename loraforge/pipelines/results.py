@@ -20,11 +20,11 @@ def table_rows(build: Build, records: Mapping[str, Mapping[str, Any]]) -> dict[s
         records: Records by stage.
 
     Returns:
-        {tasks: [{id, metric, n}], rows: [{name, kind, scores, intervals, mean, normalised, path, bytes, ...}]}. The kind
-        is base, adapter, own or merge; lists are in the order of the tasks, None where a row has no score.
+        tasks: [{id, metric, lower_is_better, n}]; rows: [{name, kind (base, adapter, own or merge), scores, intervals,
+        mean, normalised, path, bytes, ...}], lists in the order of the tasks, None where a row has no score.
     """
     found = json.loads((build.evaluation / "results.json").read_text(encoding="utf-8"))
-    tasks = [{"id": task["id"], "metric": task["metric"], "n": task.get("n")} for task in found["tasks"]]
+    tasks = [{key: task.get(key) for key in ("id", "metric", "lower_is_better", "n")} for task in found["tasks"]]
     merges = {merge.name: merge for merge in build.pipeline.merges}
     rows = []
     for row in found["rows"]:

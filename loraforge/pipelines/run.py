@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraforge import __version__
-from loraforge.pipelines.download import Tell, check_present, fetch
+from loraforge.pipelines.fetching import Tell, check_present, fetch
 from loraforge.pipelines.recipe import Pipeline, open_pipeline
 from loraforge.pipelines.results import table_rows
 from loraforge.pipelines.sources import needs_of

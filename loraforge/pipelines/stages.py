@@ -198,18 +198,23 @@ def _check_ready(named: Sequence[Status], statuses: Sequence[Status]) -> None:
 
 
 def _check_changed(statuses: Sequence[Status]) -> None:
-    """Refuses to replace results that were made with other inputs."""
+    """Refuses to replace results that were made with other inputs; stages that differ alike are told together."""
+    differences: dict[str, list[Stage]] = {}
+    for status in statuses:
+        if status.state == CHANGED:
+            told = _difference(status.record.get("inputs") or {}, status.stage.inputs)
+            differences.setdefault(told, []).append(status.stage)
+    # What only follows from an earlier stage is not told for itself.
+    differences.pop("", None)
     raise_problems(
         [
             LoraforgeError(
-                f"stage '{status.stage.name}' was done with other inputs",
-                where=status.stage.output,
+                f"done with other inputs: {', '.join(stage.name for stage in stages)}",
+                where=stages[0].output,
                 got=difference,
-                hint="--overwrite does it anew, with all that depends on it; or choose another --out",
+                hint="--overwrite does this anew, with all that depends on it; or choose another --out",
             )
-            for status in statuses
-            if status.state == CHANGED
-            and (difference := _difference(status.record.get("inputs") or {}, status.stage.inputs))
+            for difference, stages in differences.items()
         ]
     )
 

@@ -125,7 +125,8 @@ def _train(build: Build, task: TaskSpec) -> Stage:
     pipeline, out = build.pipeline, build.trained(task)
     full = pipeline.how == "full"
     values = {**pipeline.train, **(task.overrides or {})}
-    inputs = _common(build) | {"task": _record(build, task), "train": values}
+    # Rows of the test are no reason to train again.
+    inputs = _base(build) | {"task": _record(build, task, ("train", "eval")), "train": values, "seed": pipeline.seed}
     inputs |= {} if full else {"lora": pipeline.lora}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
@@ -146,8 +147,8 @@ def _stats(build: Build, task: TaskSpec, trains: Mapping[str, Stage]) -> Stage:
     """Input statistics of the base on a task's training data, for the modules that its adapter changes."""
     pipeline, out = build.pipeline, build.statistics(task)
     after = (f"train:{task.id}",) if task.id in trains and pipeline.how == "lora" else ()
-    inputs = _common(build) | {"data": build.digest(task.train), "fields": pipeline.calibration[task.id]}
-    inputs |= {"given": build.digest(build.given.get(task.id))}
+    inputs = _base(build) | {"data": build.digest(task.train), "fields": pipeline.calibration[task.id]}
+    inputs |= {"given": build.digest(build.given.get(task.id)), "seed": pipeline.seed}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
         from loraforge.input_stats import collect_stats
@@ -166,7 +167,7 @@ def _stats(build: Build, task: TaskSpec, trains: Mapping[str, Stage]) -> Stage:
 def _merge(build: Build, merge: Merge, before: tuple[str, ...]) -> Stage:
     pipeline, out = build.pipeline, build.merged(merge)
     calibrated = merge.row.needs == "calibration"
-    inputs = _common(build) | {"method": merge.row.name, "arguments": dict(merge.arguments)}
+    inputs = _base(build) | {"method": merge.row.name, "arguments": dict(merge.arguments)}
     inputs |= {"given": {name: build.digest(folder) for name, folder in build.given.items()}}
     if calibrated:
         inputs |= {"calibration": {t.id: [build.digest(t.train), pipeline.calibration[t.id]] for t in build.tasks}}
@@ -194,7 +195,8 @@ def _merge(build: Build, merge: Merge, before: tuple[str, ...]) -> Stage:
 
 def _evaluate(build: Build, before: tuple[str, ...]) -> Stage:
     pipeline, out = build.pipeline, build.evaluation
-    inputs = _common(build) | {"tasks": [_record(build, task) for task in build.tasks], "eval": pipeline.evaluate}
+    tasks = [_record(build, task, SPLITS) for task in build.tasks]
+    inputs = _base(build) | {"tasks": tasks, "eval": pipeline.evaluate, "seed": pipeline.seed}
     inputs |= {"given": {name: build.digest(folder) for name, folder in build.given.items()}}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
@@ -214,16 +216,14 @@ def _evaluate(build: Build, before: tuple[str, ...]) -> Stage:
     return Stage("evaluate", out, inputs, before, action)
 
 
-def _common(build: Build) -> dict[str, Any]:
-    return {"base": build.digest(base_place(build.pipeline)), "seed": build.pipeline.seed}
+def _base(build: Build) -> dict[str, Any]:
+    return {"base": build.digest(base_place(build.pipeline))}
 
 
-def _record(build: Build, task: TaskSpec) -> dict[str, Any]:
-    """The task as a record keeps it: what decides its rows and metrics, files by what they hold."""
-    values = {key: value for key, value in dataclasses.asdict(task).items() if value is not None}
-    for split in SPLITS:
-        if split in values:
-            values[split] = build.digest(task.source(split))
+def _record(build: Build, task: TaskSpec, splits: Sequence[str]) -> dict[str, Any]:
+    """The task as a record keeps it: what decides its rows and metrics, files of these splits by what they hold."""
+    values = {key: value for key, value in dataclasses.asdict(task).items() if value is not None and key not in SPLITS}
+    values |= {split: build.digest(task.source(split)) for split in splits}
     return _plain(values)
 
 

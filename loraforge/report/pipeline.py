@@ -24,9 +24,9 @@ def pipeline_report_html(results: Results) -> str:
     """A pipeline's results as a self-contained HTML page.
 
     Args:
-        results: {name, description, base, seed, tasks: [{id, metric, n}], rows: [{name, kind: base|adapter|own|merge,
-            scores, intervals, mean, normalised, seconds, bytes, rank, method}], stages: [{name, state, seconds}],
-            inputs ("adapters" or "models"), versions, command}.
+        results: {name, description, base, seed, tasks: [{id, metric, lower_is_better, n}], rows: [{name, kind (base,
+            adapter, own, merge), scores, intervals, mean, normalised, seconds, bytes, rank, method}], stages: [{name,
+            state, seconds}], inputs ("adapters" or "models"), versions, command}.
     """
     parts = [
         f"<h1>{text(str(results['name']))[3:-4]}</h1>",
@@ -35,7 +35,8 @@ def pipeline_report_html(results: Results) -> str:
         _chart(results),
         table(score_table(results)),
         text("Intervals are of 95 %, over the rows of the test set. 'Normalised' is the mean of score / score of the "
-             "task's own. The highest merge of each column is marked.", "note"),
+             "task's own. The best merge of each column is marked.", "note"),
+        '<p class="note"><a href="evaluation/report.html">All metrics, and differences with their intervals</a></p>',
         section("Cost of the merges", table(merge_table(results))),
         section("Every adapter on every task", table(cross_table(results))) if _crossed(results) else "",
         section("Stages", table(stage_table(results))),
@@ -55,8 +56,9 @@ def verdict(results: Results) -> str:
     told = []
     merges = [row for row in _rows(results, "merge") if row["mean"] is not None]
     if merges:
-        best = max(merges, key=lambda row: row["mean"])
-        told.append(f"Of {len(merges)} merges, {best['name']} has the highest mean: {_score(best['mean'])}.")
+        lower = all(task.get("lower_is_better") for task in results["tasks"])
+        best = (min if lower else max)(merges, key=lambda row: row["mean"])
+        told.append(f"Of {len(merges)} merges, {best['name']} has the best mean: {_score(best['mean'])}.")
     for name, words in (("own", f"The {kind}, each on its own task"), ("base", "The base alone")):
         told += [f"{words}: {_score(row['mean'])}." for row in _rows(results, name) if row["mean"] is not None]
     return " ".join(told) or "Nothing could be measured."
@@ -72,7 +74,10 @@ def score_table(results: Results) -> Table:
     )
     values = [[*row["scores"], row["mean"], row["normalised"]] for row in rows]
     merges = [i for i, row in enumerate(rows) if row["kind"] == "merge"]
-    best = {(i, column + 1) for column in range(len(headers) - 1) for i in _highest(values, merges, column)}
+    lower = [bool(task.get("lower_is_better")) for task in results["tasks"]]
+    # A mean is one of shares, or one of perplexities; shares of the own score are always better when higher.
+    signs = [-1 if each else 1 for each in (*lower, bool(lower) and all(lower), False)]
+    best = {(i, column + 1) for column, sign in enumerate(signs) for i in _best(values, merges, column, sign)}
     return Table(headers, cells, frozenset(best))
 
 
@@ -134,10 +139,11 @@ def _crossed(results: Results) -> bool:
     return any(sum(score is not None for score in row["scores"]) > 1 for row in _rows(results, "adapter"))
 
 
-def _highest(values: Sequence[Sequence[float | None]], rows: Sequence[int], column: int) -> list[int]:
-    known = [(values[i][column], i) for i in rows]
-    top = max((value for value, _ in known if value is not None), default=None)
-    return [i for value, i in known if value is not None and value == top]
+def _best(values: Sequence[Sequence[float | None]], rows: Sequence[int], column: int, sign: int) -> list[int]:
+    """The rows with the largest (sign 1) or least (sign -1) value of a column."""
+    known = [(sign * value, i) for i in rows if (value := values[i][column]) is not None]
+    top = max((value for value, _ in known), default=None)
+    return [i for value, i in known if value == top]
 
 
 def _measured(score: float | None, interval: Sequence[float] | None) -> str:

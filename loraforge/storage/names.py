@@ -1,8 +1,11 @@
-"""Order of the names of tensors."""
+"""Names of files that more than one room reads, and the order of the names of tensors."""
 
 from __future__ import annotations
 
 import re
+
+# Beside an adapter's weights, or a head that was kept apart: what it was trained for.
+TASK_CARD = "task.json"
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

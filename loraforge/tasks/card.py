@@ -9,9 +9,9 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError
 from loraforge.storage.atomic import flush_file
+from loraforge.storage.names import TASK_CARD
 from loraforge.tasks.spec import TaskSpec
 
-FILE = "task.json"
 _SPEC_KEYS = ("text", "text_pair", "target", "max_length")
 
 
@@ -33,7 +33,7 @@ def write_task_card(
     """
     card: dict[str, Any] = {"id": spec.id, "kind": kind, "labels": list(head_labels), "label_space": label_space}
     card |= {key: getattr(spec, key) for key in _SPEC_KEYS} | {"base": None if base is None else str(base)}
-    path = Path(folder) / FILE
+    path = Path(folder) / TASK_CARD
     path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     flush_file(path)
     return path
@@ -45,7 +45,7 @@ def read_task_card(folder: Path) -> dict[str, Any] | None:
     Raises:
         LoraforgeError: It is there but cannot be read.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / TASK_CARD
     if not path.is_file():
         return None
     try:

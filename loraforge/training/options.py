@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
+from loraforge.training.patterns import ALIASES, ALL_LINEAR, is_whole, split_targets
 from loraforge.training.targets import (
     all_linear,
     ends_with,
@@ -27,17 +25,7 @@ if TYPE_CHECKING:
 
 BIASES = ("none", "all", "lora_only")
 INITS = ("default", "gaussian", "orthogonal")
-ALL_LINEAR = "all-linear"
 TASK_HEADS = ("classifier", "score")
-# PEFT's spellings, which a configuration or a file of another program may have.
-_ALIASES = {
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "target_modules": "targets",
-    "use_rslora": "rslora",
-    "use_dora": "dora",
-    "init_lora_weights": "init",
-}
 # Usual targets where PEFT's table has no entry, or one for the names of another release of transformers.
 _QUERY_AND_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"))
 # Starts that are taken from the base's own weights and subtracted from them.
@@ -80,14 +68,14 @@ class LoraOptions:
         raise_problems(problems)
 
     def _number_problems(self) -> Iterable[LoraforgeError]:
-        if not _whole(self.r) or self.r < 1:
+        if not is_whole(self.r) or self.r < 1:
             yield _wrong("r", self.r, "a whole number above 0")
         if self.alpha is not None and not (_number(self.alpha) and self.alpha > 0):
             yield _wrong("alpha", self.alpha, "a number above 0")
         if not _number(self.dropout) or not 0 <= self.dropout < 1:
             yield _wrong("dropout", self.dropout, "a number from 0 to below 1")
         for key, rank in self.rank_pattern.items():
-            if not _whole(rank) or rank < 1:
+            if not is_whole(rank) or rank < 1:
                 yield _wrong(f"rank_pattern: {key}", rank, "a whole number above 0")
         for key, alpha in self.alpha_pattern.items():
             if not _number(alpha) or alpha <= 0:
@@ -125,7 +113,7 @@ class LoraOptions:
         read: dict[str, Any] = {}
         problems: list[LoraforgeError] = []
         for key, value in (values or {}).items():
-            name = _ALIASES.get(key, key)
+            name = ALIASES.get(key, key)
             if name not in known:
                 problems.append(UsageError(f"unknown LoRA option '{key}'", where=where, hint=did_you_mean(key, known)))
             elif name in read:
@@ -136,10 +124,6 @@ class LoraOptions:
         if isinstance(read.get("targets"), str):
             read["targets"] = split_targets(read["targets"])
         return cls(**read)
-
-    def with_file(self, path: str | Path) -> LoraOptions:
-        """These options with what a pattern file says in their place."""
-        return replace(self, **read_patterns(path))
 
     def record(self) -> dict[str, Any]:
         """The options as run.json keeps them."""
@@ -171,7 +155,7 @@ class LoraOptions:
         # PEFT trains these in full by itself, whether the base's file has them or not.
         heads = [name for name in TASK_HEADS if task_type == "SEQ_CLS" and hasattr(model, name)]
         saved = list(dict.fromkeys([*fresh, *heads, *self.modules_to_save]))
-        targets = self._targets(model)
+        targets = self._targets(model, saved)
         matched = matched_modules(model, targets)
         in_full = [name for name in matched if lies_within(name, saved)]
         problems = [*target_problems(model, targets, matched, in_full)]
@@ -202,11 +186,11 @@ class LoraOptions:
             fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in matched),
         )
 
-    def _targets(self, model: nn.Module) -> str | list[str]:
+    def _targets(self, model: nn.Module, saved: Sequence[str]) -> str | list[str]:
         """The targets as PEFT takes them, never left to its own choice."""
         if isinstance(self.targets, str):
             if self.targets == ALL_LINEAR:
-                return all_linear(model)
+                return all_linear(model, saved)
             return self.targets
         if self.targets is not None:
             return list(self.targets)
@@ -224,48 +208,6 @@ class LoraOptions:
             expected=listed(model),
             hint="--targets NAME,NAME or --targets all-linear",
         )
-
-
-def read_patterns(path: str | Path) -> dict[str, Any]:
-    """LoRA options out of a JSON or YAML file.
-
-    The file is a mapping of name patterns to ranks, a list of targets, or a mapping with any of r, alpha, targets,
-    rank_pattern and alpha_pattern (PEFT's spellings too, so that an adapter_config.json is understood).
-
-    Raises:
-        LoraforgeError: It cannot be read or is none of these.
-    """
-    import yaml
-
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        got = str(error).split("\n")[0]
-        raise LoraforgeError("the pattern file cannot be read", where=path, got=got, expected="JSON or YAML") from error
-    if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
-        return {"targets": found}
-    if isinstance(found, Mapping) and found:
-        keys = ("r", "alpha", "targets", "rank_pattern", "alpha_pattern")
-        named = {_ALIASES.get(str(key), str(key)): value for key, value in found.items()}
-        if any(key in named for key in keys):
-            return {key: named[key] for key in keys if named.get(key) is not None}
-        if all(_whole(value) for value in found.values()):
-            return {"rank_pattern": {str(key): value for key, value in found.items()}}
-    raise LoraforgeError(
-        "the pattern file says nothing about ranks or targets",
-        where=path,
-        got=type(found).__name__,
-        expected="{pattern: rank}, a list of targets, or keys r, alpha, targets, rank_pattern, alpha_pattern",
-    )
-
-
-def split_targets(text: str) -> str | list[str]:
-    """Targets of a command line: names with commas, or one regular expression (anything with its signs) as it is."""
-    if text == ALL_LINEAR or re.search(r"[\\^$*+?()\[\]{}|]", text):
-        return text
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def adapt(model: nn.Module, options: LoraOptions, kind: str, fresh: Sequence[str], *, seed: int) -> Any:
@@ -287,10 +229,6 @@ def adapt(model: nn.Module, options: LoraOptions, kind: str, fresh: Sequence[str
         except (ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().split("\n")[0]
             raise LoraforgeError("PEFT cannot put this adapter on the base", where="lora", got=reason) from error
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: object) -> bool:

@@ -16,20 +16,19 @@ if TYPE_CHECKING:
 _SHOWN = 40
 
 
-def all_linear(model: nn.Module) -> list[str]:
-    """Last parts of the names of all linear modules but the output's."""
+def all_linear(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Last parts of the names of all linear modules but the output's and those that are trained in full."""
     from torch import nn
-
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = (nn.Linear, *_conv1d())
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not output]
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
-
-
-def _conv1d() -> tuple[type, ...]:
     from transformers.pytorch_utils import Conv1D
 
-    return (Conv1D,)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    kinds = (nn.Linear, Conv1D)
+    found = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not output and not lies_within(name, saved)
+    }
+    return sorted(found)
 
 
 def matched_modules(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -8,70 +8,26 @@ with the number of micro-batches. So the loss is taken from the logits here.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
+from loraforge.calibrate.base import prefer_kwargs
 from loraforge.errors import LoraforgeError
-from loraforge.storage.atomic import flush_file
-from loraforge.training.saving import save_adapter
+from loraforge.training.checkpoints import WHOLE as WHOLE
+from loraforge.training.checkpoints import drop_torn as drop_torn
+from loraforge.training.checkpoints import mark_whole, named_when_refused, prune_checkpoints
+from loraforge.training.checkpoints import whole_checkpoints as whole_checkpoints
+from loraforge.training.loss import summed_cross_entropy, target_count, task_logits
+from loraforge.training.saving import no_bars, save_adapter
 
-# In a checkpoint folder once everything else is there.
-WHOLE = "whole"
-# What torch names in the error of a write that was refused.
-_WRITERS = ("PytorchStreamWriter", "inline_container")
 SHIFTED_KINDS = ("causal", "choice")
 Scorer = Callable[[nn.Module], Mapping[str, float]]
-
-
-def task_logits(model: nn.Module, inputs: Mapping[str, Tensor], prepare: Any = None) -> Tensor:
-    """Logits of a batch without its labels.
-
-    Args:
-        model: Possibly wrapped for several processes.
-        inputs: What the model's forward takes, and `labels`.
-        prepare: `prepare_decoder_input_ids_from_labels` of an encoder-decoder, or None.
-    """
-    given = {key: value for key, value in inputs.items() if key != "labels"}
-    if prepare is not None and "decoder_input_ids" not in given:
-        given["decoder_input_ids"] = prepare(labels=inputs["labels"])
-    logits = model(**given).logits
-    if not isinstance(logits, Tensor):
-        raise RuntimeError(f"the model's logits are {type(logits).__name__}, not a tensor")
-    return logits
-
-
-def summed_cross_entropy(logits: Tensor, labels: Tensor, *, shifted: bool, smoothing: float = 0.0) -> Tensor:
-    """Sum of the cross-entropy over all labels but -100, in float32.
-
-    Args:
-        logits: (B, C), or (B, T, V).
-        labels: (B,) or (B, T).
-        shifted: Position t predicts label t + 1.
-        smoothing: Share of the target that is spread over all classes.
-    """
-    if shifted:
-        logits, labels = logits[..., :-1, :], labels[..., 1:]
-    return nn.functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
-        labels.reshape(-1).to(logits.device),
-        ignore_index=-100,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-
-
-def target_count(labels: Tensor, *, shifted: bool) -> Tensor:
-    """Number of labels that a loss is taken over, a scalar int64."""
-    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
 
 
 class TaskTrainer(Trainer):
@@ -117,6 +73,9 @@ class TaskTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # Releases without loss_is_scaled_for_ga decide by this.
         self.model_accepts_loss_kwargs = True
+        bare: Any = getattr(model, "get_base_model", lambda: model)()
+        # Nothing is generated in training: a cache of keys and values would only take memory.
+        self._options = prefer_kwargs(bare)
         self._score = score
         self._keep = keep
         encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -144,7 +103,7 @@ class TaskTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the targets of the whole batch (of `inputs` where no number is given)."""
         labels = inputs["labels"]
-        logits = task_logits(model, inputs, self._prepare)
+        logits = task_logits(model, inputs, self._prepare, self._options)
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = summed_cross_entropy(logits, labels, shifted=self._shifted, smoothing=smoothing)
         if num_items_in_batch is None:
@@ -201,14 +160,15 @@ class TaskTrainer(Trainer):
             if self.args.should_save:
                 save_adapter(self.model, Path(output_dir or self.args.output_dir), state_dict=state_dict)
         else:
-            super()._save(output_dir, state_dict)
+            with no_bars():
+                super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """A checkpoint, marked when it is whole; only then older ones go."""
         self.check_finite()
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        with _named_when_refused(checkpoint):
+        with named_when_refused(checkpoint):
             super()._save_checkpoint(*args, **kwargs)
             self._save_more(checkpoint)
         # Every process writes its own random state there.
@@ -219,50 +179,3 @@ class TaskTrainer(Trainer):
 
     def _save_more(self, checkpoint: Path) -> None:
         """What a subclass adds to a checkpoint before it is marked; called on all processes."""
-
-
-@contextmanager
-def _named_when_refused(checkpoint: Path) -> Iterator[None]:
-    """Turns a full disk into an error that says what to do; safetensors and torch report it in words of their own."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        told = str(error).split("\n")[0]
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITERS):
-            raise
-        raise LoraforgeError(
-            "the checkpoint could not be written",
-            where=checkpoint,
-            got=told,
-            hint="free space; the same command with --resume goes on from the last whole checkpoint",
-        ) from error
-
-
-def mark_whole(checkpoint: Path) -> None:
-    """Marks a checkpoint as whole once all of it has reached the disk."""
-    for entry in sorted(checkpoint.rglob("*"), reverse=True):
-        flush_file(entry)
-    (checkpoint / WHOLE).touch()
-    flush_file(checkpoint)
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / WHOLE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def prune_checkpoints(folder: Path, keep: int, best: str | None) -> None:
-    """Removes all but the last `keep` whole checkpoints and the best one."""
-    for path in whole_checkpoints(folder)[:-keep]:
-        if best is None or path.name != Path(best).name:
-            # First the mark: what is left of a folder that is half removed must not look whole.
-            (path / WHOLE).unlink()
-            shutil.rmtree(path)
-
-
-def drop_torn(folder: Path) -> None:
-    """Removes checkpoints that were cut off while being written."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / WHOLE).is_file():
-            shutil.rmtree(path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loraforge.adapters import open_adapter, resolve_heads, unique_names
+from loraforge.adapters.heads import write_aside
 from loraforge.errors import LoraforgeError
 
 from .folders import simple
@@ -37,6 +38,14 @@ def test_differing_heads_are_kept_apart_as_whole_modules(tmp_path: Path, other: 
     assert sorted(plan.aside["a"]) == ["classifier.bias", "classifier.weight"], "weight and bias stay together"
     assert torch.equal(plan.aside["b"]["classifier.weight"], other["classifier.weight"])
     assert "`--from NAME` (API: heads_from) puts one" in plan.notes[0] and "a, b" in plan.notes[0]
+
+
+def test_a_head_that_is_kept_apart_keeps_its_task(tmp_path: Path) -> None:
+    a, b = adapter(tmp_path / "a", head(1)), adapter(tmp_path / "b", head(2))
+    (a.path / "task.json").write_text('{"id": "mood"}')
+    write_aside(tmp_path / "out", resolve_heads([a, b]))
+    assert (tmp_path / "out" / "heads" / "a" / "task.json").read_text() == '{"id": "mood"}'
+    assert sorted(p.name for p in (tmp_path / "out" / "heads" / "b").iterdir()) == ["heads.json", "heads.safetensors"]
 
 
 def test_another_dtype_is_another_head(tmp_path: Path) -> None:

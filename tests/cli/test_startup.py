@@ -30,7 +30,10 @@ def loaded(arguments: list[str], **environment: str) -> set[str]:
     return set(modules)
 
 
-COMMANDS = ("merge", "methods", "inspect", "resize", "convert", "collect-stats", "doctor", "demo", "bench")
+COMMANDS = (
+    "merge", "methods", "inspect", "resize", "convert", "collect-stats", "train-lora", "train-full", "train-ilora", "cl-eval",
+    "cl-report", "eval", "run", "download", "doctor", "demo", "bench",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)

@@ -253,6 +253,17 @@ def test_limit_takes_the_same_rows_for_every_row(place):
     assert {row(found, name)["cells"]["two"]["n"] for name in ("base", "two")} == {7}
 
 
+def test_the_number_that_training_reports_comes_again_from_the_saved_adapter(place, tmp_path):
+    from loraforge.training.single import train_lora
+
+    spec = replace(place["three"], train=place["three"].test)
+    train_lora(place["base"], spec, tmp_path / "three", lora={"r": 2}, train={"max_steps": 2, "learning_rate": 0.02},
+               device="cpu")  # fmt: skip
+    kept = json.loads((tmp_path / "three" / "run.json").read_text())["metrics"]["test"]
+    found = evaluate(place["base"], [tmp_path / "three"], [spec], device="cpu")
+    assert row(found, "three")["cells"]["three"]["value"] == kept["metrics"]["accuracy"]
+
+
 # Bad input.
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraforge.errors import InputProblems, LoraforgeError, UsageError
-from loraforge.pipelines.stages import Stage, Status, choose, run_folder, run_stages, survey
+from loraforge.pipelines.stages import Stage, choose, run_folder, run_stages, survey
 
 
 class Shop:
@@ -92,10 +95,14 @@ def test_results_of_other_inputs_are_refused_with_what_differs(shop: Shop) -> No
     shop.run()
     shop.inputs["train:b"] = 2
     assert shop.states() == {"train:a": "done", "train:b": "changed", "merge": "changed", "evaluate": "changed"}
-    with pytest.raises(LoraforgeError, match=r"(?s)'train:b' was done with other inputs.*value was 1, now 2") as caught:
+    with pytest.raises(LoraforgeError, match=r"(?s)done with other inputs: train:b\n.*value was 1, now 2") as caught:
         shop.run()
     # What only follows from it is not a problem of its own.
     assert not isinstance(caught.value, InputProblems) and shop.calls == []
+    shop.inputs["train:a"] = 2
+    with pytest.raises(LoraforgeError, match="done with other inputs: train:a, train:b\n"):
+        shop.run()
+    shop.inputs["train:a"] = 1
     assert shop.run(overwrite=True) == ["train:b", "merge", "evaluate"]
     assert (shop.folder / "train-b").read_text() == "train:b 2"
     assert shop.run() == []
@@ -148,6 +155,42 @@ def test_the_folder_of_a_run(tmp_path: Path) -> None:
         pass
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from loraforge.pipelines.stages import Stage, choose, run_stages, survey
+from loraforge.storage.atomic import new_folder
+
+def action(name, dies):
+    def act(resume, progress):
+        with new_folder(out / name, True) as folder:
+            (folder / "part").write_text(name)
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+    return act
+
+out, dies = Path(sys.argv[1]), sys.argv[2] == "dies"
+stages = [Stage(n, out / n, {}, (), action(n, dies and n == "b")) for n in "abc"]
+todo = choose(survey(stages, out))
+print([(s.stage.name, s.state) for s in todo])
+run_stages(todo, out)
+"""
+
+
+def test_a_killed_run_leaves_whole_outputs_and_goes_on(tmp_path: Path) -> None:
+    def run(*how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED, str(tmp_path), *how]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("dies").returncode == -signal.SIGKILL
+    assert (tmp_path / "a/part").read_text() == "a" and not (tmp_path / "b").exists()
+    done = run("lives")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[('b', 'started'), ('c', 'new')]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "stages"]
+
+
 def test_fingerprints_follow_what_is_before(shop: Shop) -> None:
     def prints() -> dict[str, str]:
         return {status.stage.name: status.fingerprint for status in survey(shop.stages(), shop.folder)}
@@ -157,4 +200,3 @@ def test_fingerprints_follow_what_is_before(shop: Shop) -> None:
     after = prints()
     assert before["train:b"] == after["train:b"]
     assert all(before[name] != after[name] for name in ("train:a", "merge", "evaluate"))
-    assert isinstance(survey(shop.stages(), shop.folder)[0], Status) and isinstance(prints, Callable)

@@ -9,7 +9,8 @@ from torch import nn
 
 from loraforge.errors import InputProblems, LoraforgeError, UsageError
 from loraforge.tasks import load_model
-from loraforge.training.options import LoraOptions, adapt, read_patterns, split_targets
+from loraforge.training.options import LoraOptions, adapt
+from loraforge.training.patterns import read_patterns, split_targets
 from tests.tasks.tiny import tiny_base
 
 

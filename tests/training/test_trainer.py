@@ -74,16 +74,15 @@ def test_a_cut_batch_gives_the_gradient_of_a_whole_one(tmp_path: Path, family: s
     rows = ANSWERS if kind != "classification" else [{"text": f"{w} sun", "label": w} for w in ("good", "bad")] * 2
     base, file = tiny_base(tmp_path / family, family), write_rows(tmp_path / "r.jsonl", rows)
     weights, losses = [], []
-    for size, pieces in ((4, 1), (2, 2), (1, 4)):
+    for size, pieces in ((4, 1), (2, 2)):
         # Plain gradient steps without clipping: Adam would hide a gradient that is a multiple of the right one.
         train = {"per_device_train_batch_size": size, "gradient_accumulation_steps": pieces, "max_steps": 2,
                  "optim": "sgd", "max_grad_norm": 0, "learning_rate": 0.5}  # fmt: skip
         trainer = trainer_of(base, file, kind, tmp_path / f"o{pieces}", train)
         losses.append(trainer.train().training_loss)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-    for cut, loss in zip(weights[1:], losses[1:], strict=True):
-        assert torch.allclose(cut, weights[0], atol=2e-6)
-        assert loss == pytest.approx(losses[0], rel=1e-4)
+    assert torch.allclose(weights[1], weights[0], atol=2e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 class Broken(nn.Module):

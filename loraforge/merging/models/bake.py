@@ -19,12 +19,13 @@ from torch import Tensor
 
 from loraforge.adapters import Adapter, HeadsPlan
 from loraforge.adapters.formats.parts import ModuleInfo
+from loraforge.adapters.heads import write_aside
 from loraforge.checkpoints import SHARD_BYTES, Checkpoint, ModelReport, open_checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.merging import options
 from loraforge.merging.job import Progress
 from loraforge.merging.models.folder import ModelFolder, Rounding, add_rows
-from loraforge.merging.models.heads import head_names, label_changes, write_aside
+from loraforge.merging.models.heads import head_names, label_changes
 from loraforge.merging.models.placing import Place, find_places, match_tensors
 from loraforge.merging.models.skeleton import Skeleton, read_skeleton
 from loraforge.types import Merged
@@ -100,7 +101,7 @@ def bake(
 
     tensors = _all_tensors(baking, stream, replaced, untied, progress)
     aside = {name: dict(found) for name, found in heads.aside.items()}
-    return folder.write(tensors, lambda place: write_aside(place, aside, heads), account, extra=layout, changes=changes)
+    return folder.write(tensors, lambda place: write_aside(place, heads, aside), account, extra=layout, changes=changes)
 
 
 class _Baking:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,6 @@ from loraforge.checkpoints import Checkpoint
 from loraforge.errors import LoraforgeError
 from loraforge.merging.models.placing import match_tensors
 from loraforge.merging.models.skeleton import Skeleton
-from loraforge.storage.stream import save_tensors
 
 # Last parts of a head's name whose rows are labels.
 _LABELS = re.compile(r"(^|\.)(classifier|score|classification_head\.out_proj|qa_outputs)\.weight$")
@@ -60,12 +58,3 @@ def label_changes(heads: Mapping[str, Tensor], base: Checkpoint) -> dict[str, An
         elif name in base and tensor.ndim == 2 and base.shape(name)[0] == base.config.get("vocab_size") != rows:
             changes["vocab_size"] = rows
     return changes
-
-
-def write_aside(folder: Path, aside: Mapping[str, Mapping[str, Tensor]], heads: HeadsPlan) -> None:
-    """Heads that differ between the adapters, each under its adapter's name."""
-    for name, tensors in aside.items():
-        place = folder / "heads" / name
-        place.mkdir(parents=True)
-        save_tensors(place / "heads.safetensors", tensors)
-        (place / "heads.json").write_text(heads.index_of(name), encoding="utf-8")

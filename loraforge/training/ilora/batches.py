@@ -49,7 +49,9 @@ def has_targets(row: Mapping[str, Any], shifted: bool) -> bool:
 
 
 def wasted(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """Share of the tokens of both batches as one that only fill it up."""
+    """Share of the tokens of both batches as one that only fill it up; 1 where their keys differ."""
+    if first.keys() != second.keys():
+        return 1.0
     apart = together = 0
     for key in ("input_ids", "labels"):
         if key in first and first[key].dim() == 2:

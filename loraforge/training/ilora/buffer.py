@@ -83,10 +83,6 @@ class ReplayBuffer:
         """Rows held of each task."""
         return dict(sorted(Counter(self.tasks).items()))
 
-    def eligible(self, exclude_task: int | None = None) -> int:
-        """Number of rows that `draw` would choose from."""
-        return len(self.tasks) - (0 if exclude_task is None else self.tasks.count(exclude_task))
-
     def offer(self, examples: Sequence[Row], task: int | Sequence[int]) -> None:
         """Takes up rows or passes them over.
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraforge.errors import LoraforgeError
 from loraforge.training.ilora import ranks
-from loraforge.training.ilora.adapters import PLASTIC, STABLE, WEIGHTS, load_adapter, save_stable
+from loraforge.training.ilora.adapters import PLASTIC, STABLE, WEIGHTS, load_adapter, load_pair, save_stable
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.config import ILoraConfig
 from loraforge.training.ilora.packing import write_states
@@ -67,11 +67,11 @@ def load(trainer: ILoraTrainer, folder: Path) -> None:
         return
     record = read_state(folder / STATE)
     _check_record(record, trainer, folder)
-    load_adapter(trainer.model, _intact(record, PLASTIC, folder), PLASTIC)
-    if trainer.pairs is not None:
-        where = _intact(record, STABLE, folder / STABLE)
-        with trainer.pairs.full_precision():
-            load_adapter(trainer.model, where, STABLE)
+    plastic = _intact(record, PLASTIC, folder)
+    if trainer.pairs is None:
+        load_adapter(trainer.model, plastic, PLASTIC)
+    else:
+        load_pair(trainer.model, plastic, _intact(record, STABLE, folder / STABLE), trainer.pairs)
     if trainer.ilora.replays:
         args = trainer.args
         trainer.buffer = ReplayBuffer.load(folder / BUFFER, rank=args.process_index, world=args.world_size)

@@ -77,13 +77,6 @@ class EmaPairs:
             group.update(weight)
 
     @torch.no_grad()
-    def copy(self) -> None:
-        """Makes the average an exact copy of the plastic adapter."""
-        for pair in self.pairs:
-            pair.stable.data.copy_(pair.plastic.data)
-        self.attach()
-
-    @torch.no_grad()
     def drift(self) -> float:
         """Euclidean distance of the two adapters; waits for the device."""
         return sum(group.squared_drift() for group in self._groups) ** 0.5

@@ -205,7 +205,7 @@ class ILoraTrainer(TaskTrainer):
         way = ranks.least(usable + (usable and fused), self.args.device)
         if way == 0:
             return None
-        self._figures.replayed(tasks.tolist())
+        self._figures.replayed([int(row[TASK]) for row in rows])
         return Replay(batch, tasks, way == 2)
 
     def _placed(self, value: Tensor) -> Tensor:

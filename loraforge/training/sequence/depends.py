@@ -28,10 +28,10 @@ _WITHOUT_EFFECT = (
 )  # fmt: skip
 # Settings of I-LORA that say where to look or what to call the result.
 _PLACES = ("ema_adapter_path", "previous_task_model", "prev_task_id", "current_task_id", "final_adapter")
-# What a task's rows are read with; where they come from is known by their digest.
+# What a task's rows are read and scored with; where they come from is known by their digest.
 _READ = (
     "kind", "text", "text_pair", "target", "target_map", "label", "choices", "answer", "first_choice", "max_length",
-    "max_target_length", "loss_on", "rows", "extract",
+    "max_target_length", "loss_on", "rows", "extract", "metric", "max_new_tokens",
 )  # fmt: skip
 _SHOWN = 6
 
@@ -55,6 +55,7 @@ def depends_on(
         scored: The rows that each task is scored on.
     """
     ilora = spec.ilora_config().as_dict()
+    scoring = {key: spec.eval[key] for key in ("choice_mode", "max_new_tokens") if spec.eval.get(key) is not None}
     found = {
         "method": spec.method,
         "base": {key: value for key, value in base.items() if key != "name"},
@@ -66,6 +67,7 @@ def depends_on(
         "lora": spec.lora_options().record(),
         "ilora": {key: value for key, value in ilora.items() if key not in _PLACES},
         "train": _deciding(spec.train),
+        "eval": scoring,
         "tasks": [
             {
                 "id": task.id,

@@ -30,7 +30,7 @@ from loraforge.training.sequence.report import write_reports
 from loraforge.training.sequence.scoring import score_adapters
 from loraforge.training.sequence.spec import SequenceSpec, parse_sequence
 from loraforge.training.sequence.state import DONE, TRAINED, RunState, open_run, read_state
-from loraforge.training.sequence.unit import Notify, Progress, Work, build_model
+from loraforge.training.sequence.work import Notify, Progress, Work, build_model
 
 
 def score_base(work: Work) -> None:
@@ -137,7 +137,7 @@ def write_results(
         "units": state.entries,
         "warnings": list(dict.fromkeys(note for note in notes if note.startswith(("warning", "note")))),
     }
-    about = {key: state.content[key] for key in ("sequence", "versions", "processes", "config_hash", "depends")}
+    about = {key: state.content[key] for key in ("versions", "processes", "config_hash", "depends")}
     machine = {"peak_rss_bytes": peak_rss(), "kernels": kernel_report()}
     write_json(run / "run.json", {"command": "train-ilora", **found, **about, **machine})
     if report:

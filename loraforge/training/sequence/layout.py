@@ -3,6 +3,7 @@
 RUN/sequence.json                         tasks, their states, what the run depends on
 RUN/ilora_task<id>/default/, ema/         the adapters after the task
 RUN/ilora_task<id>/ilora_state.json       steps, digests, buffer: written last, so the folder is whole
+RUN/ilora_task<id>/scores.json            scores of its adapters on every task; the base's are in RUN/base_scores.json
 RUN/ilora_task<id>/buffer.safetensors     raw tokens of training rows (mode 600)
 RUN/ilora_task<id>/checkpoint-N/          what a resumed run continues from
 RUN/cl_matrix.json, cl_matrix.csv, cl_metrics.json, train_log.jsonl, report.html, plots/*.png
@@ -142,16 +143,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any], *, private: bool = False) -> None:
     """Writes an object so that the file is the old or the new one, whenever the process or the machine ends.
+
+    Args:
+        path: The file.
+        value: Ready for JSON.
+        private: Readable by its owner alone.
 
     Raises:
         OSError: The disk refuses.
     """
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", private=private)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Writes a text file in the same way.
 
     Raises:
@@ -159,6 +165,7 @@ def write_text(path: Path, text: str) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
+        part.touch(mode=0o600 if private else 0o666)
         part.write_text(text, encoding="utf-8")
         flush_file(part)
         os.replace(part, path)

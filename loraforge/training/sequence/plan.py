@@ -12,7 +12,7 @@ from loraforge.training.ilora.adapters import pair_adapters
 from loraforge.training.sequence.layout import SEQUENCE, STATE, read_json, task_folder
 from loraforge.training.sequence.ranks import world
 from loraforge.training.sequence.state import JOINT, PENDING
-from loraforge.training.sequence.unit import Work, build_model, previous_of, unit_arguments
+from loraforge.training.sequence.work import Work, build_model, previous_of, unit_arguments
 
 # A backward pass costs about two forward ones.
 _FORWARD, _TRAINED = 1.0, 3.0

@@ -12,6 +12,7 @@ from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 from loraforge.linalg.device import choose_device
 from loraforge.training.arguments import training_arguments
 from loraforge.training.record import versions
+from loraforge.training.sequence.checks import METHODS
 from loraforge.training.sequence.depends import base_identity, depends_on
 from loraforge.training.sequence.evaluate import is_scored, score_base, score_unit, write_results
 from loraforge.training.sequence.layout import task_folder
@@ -20,9 +21,10 @@ from loraforge.training.sequence.matrix import early_report, read_matrix
 from loraforge.training.sequence.plan import plan
 from loraforge.training.sequence.ranks import from_first, is_first, wait, world
 from loraforge.training.sequence.settings import resolved, select_units, with_settings
-from loraforge.training.sequence.spec import METHODS, SequenceSpec, load_sequence, parse_sequence
+from loraforge.training.sequence.spec import SequenceSpec, load_sequence, parse_sequence
 from loraforge.training.sequence.state import DONE, TRAINED, TRAINING, RunState, begin, open_run, read_state
-from loraforge.training.sequence.unit import Notify, Progress, Work, train_unit
+from loraforge.training.sequence.unit import train_unit
+from loraforge.training.sequence.work import Notify, Progress, Work
 
 RESUME = ("auto", "never")
 
@@ -51,7 +53,7 @@ def train_ilora(
         set: `KEY=VALUE` settings over the file's.
         resume: `auto`: finished tasks are skipped, a broken one goes on from its last whole checkpoint; `never`: an
             existing run is refused; a run's folder, or a checkpoint of its broken task, to go on from there.
-        overwrite: With `resume` never: replace an existing run.
+        overwrite: Replace an existing run instead of going on with it.
         tasks: Which tasks to train: `1-3`, `2`, ids. The others keep their place in the sequence.
         dry_run: Return the plan; train nothing, write nothing.
         out: Folder of the run.
@@ -76,15 +78,18 @@ def train_ilora(
         if notify is not None and is_first():
             notify(line)
 
-    _start_processes(spec, device)
+    device = _start_processes(spec, device)
     material = read_material(spec)
     base = base_identity(spec.base_model, material.config)
     work = Work(spec, spec.output_dir, material, base, device, progress if is_first() else None, tell)
     for notice in work.config.notices() if spec.method == "ilora" else ():
         tell(f"note: {notice}")
+    if spec.method == "joint" and any(task.overrides for task in spec.tasks):
+        tell("note: jointly, the overrides of single tasks have no effect")
     if dry_run:
         return plan(work, chosen)
-    held = open_run(work.run, resume=resume == "auto", overwrite=overwrite) if is_first() else nullcontext()
+    goes_on = resume == "auto" and not overwrite
+    held = open_run(work.run, resume=goes_on, overwrite=overwrite) if is_first() else nullcontext()
     with held:
         wait()
         return _run(work, chosen, checkpoint, notes)
@@ -129,20 +134,28 @@ def _asked(
     )  # fmt: skip
 
 
-def _start_processes(spec: SequenceSpec, device: str) -> None:
-    """Under a launcher, forms the group of processes before any of them reads the run; checks the arguments early."""
-    choose_device(device)
+def _start_processes(spec: SequenceSpec, device: str) -> str:
+    """Checks the training arguments of every task, and forms the group of processes where there are several.
+
+    Returns:
+        The device of this process.
+    """
+    chosen = choose_device(device)
+    if chosen.index:
+        hint = f"CUDA_VISIBLE_DEVICES={chosen.index} and --device cuda"
+        raise UsageError("training takes the first GPU that it sees", got=device, hint=hint)
     for index in range(len(spec.tasks)):
         values = {**spec.train, **(spec.tasks[index].overrides or {})}
         values.pop("seed", None)
         place = f"train, task '{spec.tasks[index].id}'"
-        made = training_arguments(values, spec.output_dir, device=device, seed=spec.seed, where=place)
-    _ = made.device
+        made = training_arguments(values, spec.output_dir, device=chosen, seed=spec.seed, where=place)
+    return str(made.device)
 
 
 def _run(work: Work, chosen: Iterable[int], checkpoint: Path | None, notes: list[str]) -> dict[str, Any]:
     """The units one after another; what is finished is skipped."""
     state = _begin(work)
+    _check_checkpoint(state, checkpoint)
     score_base(work)
     for index in chosen:
         unit = work.units[index]
@@ -162,6 +175,17 @@ def _run(work: Work, chosen: Iterable[int], checkpoint: Path | None, notes: list
         wait()
     found = write_results(work.spec, state, notes, notify=work.notify) if is_first() else {}
     return from_first(found)
+
+
+def _check_checkpoint(state: RunState, checkpoint: Path | None) -> None:
+    """Refuses a checkpoint of a task that is finished: it would be passed over."""
+    for entry in state.entries:
+        if checkpoint is not None and entry["state"] in (TRAINED, DONE):
+            if checkpoint.parent == task_folder(state.run, entry["id"]):
+                raise LoraforgeError(
+                    "the task of this checkpoint is finished", where=checkpoint, got=f"{entry['id']}: {entry['state']}",
+                    expected="a checkpoint of a task that is not",
+                )  # fmt: skip
 
 
 def _tell_forgetting(work: Work, index: int) -> None:
@@ -185,9 +209,9 @@ def _begin(work: Work) -> RunState:
         except LoraforgeError as error:
             problem = error
     # The other processes must not wait for one that has left.
-    problem = from_first(problem)
-    if problem is not None:
-        raise problem
+    told = from_first(None if problem is None else str(problem))
+    if told is not None:
+        raise problem or LoraforgeError(told)
     state = read_state(work.run)
     if state.content["versions"] != versions():
         work.notify(f"warning: the run was begun with {_told(state.content['versions'])}; now {_told(versions())}")

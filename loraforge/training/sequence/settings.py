@@ -11,18 +11,18 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 from loraforge.training.options import LoraOptions
-from loraforge.training.sequence.spec import (
+from loraforge.training.sequence.checks import (
     EVAL_KEYS,
     KEYS,
     SECTIONS,
     WORDS,
-    SequenceSpec,
     check_sequence,
     eval_problems,
     ilora_fields,
     section_problems,
     word_problems,
 )
+from loraforge.training.sequence.spec import SequenceSpec
 from loraforge.training.sequence.yaml_file import read_value
 
 

@@ -57,7 +57,16 @@ class RunState:
         """
         self.entry(task).update(values)
         if is_first():
-            write_json(self.run / SEQUENCE, self.content)
+            self.write()
+
+    def write(self) -> None:
+        """Writes sequence.json; for the owner alone where it holds rows that were given in memory.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        tasks = self.content.get("sequence", {}).get("tasks", [])
+        write_json(self.run / SEQUENCE, self.content, private=any(isinstance(task["train"], list) for task in tasks))
 
 
 def begin(run: Path, *, depends: Mapping[str, Any], units: Sequence[str], about: Mapping[str, Any]) -> RunState:
@@ -94,7 +103,7 @@ def begin(run: Path, *, depends: Mapping[str, Any], units: Sequence[str], about:
     if content.get("versions"):
         state.content["versions"] = content["versions"]
     if state.content != content:
-        write_json(run / SEQUENCE, state.content)
+        state.write()
     return state
 
 

@@ -78,7 +78,6 @@ def test_a_draw_has_no_row_twice_and_none_of_the_excluded_task():
     assert len(buffer.draw(50, exclude_task=1)) == 8
     assert len(buffer.draw(50)) == 14
     assert buffer.draw(5, exclude_task=None) and ReplayBuffer(4).draw(2) == []
-    assert buffer.eligible(1) == 8 and buffer.eligible() == 14
     seen = Counter(int(row["input_ids"][0]) for _ in range(400) for row in buffer.draw(2, exclude_task=1))
     # 400 draws of 2 of 8: 100 each, standard deviation under 9.
     assert all(abs(count - 100) < 36 for count in seen.values()) and len(seen) == 8

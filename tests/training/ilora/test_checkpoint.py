@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerCallback
 
 from loraforge.errors import LoraforgeError
-from loraforge.training.ilora.adapters import add_stable, save_pair
+from loraforge.training.ilora.adapters import add_stable, load_pair, save_pair
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.checkpoint import BUFFER, STATE, file_sha256, read_state
+from loraforge.training.ilora.config import ILoraConfig
 from loraforge.training.trainer import WHOLE, whole_checkpoints
 from tests.training.ilora.models import bert, class_rows, config, llama, text_rows, trainer, weights
 
@@ -172,8 +173,6 @@ def test_the_best_checkpoint_brings_back_both_adapters_and_the_buffer(tmp_path):
     assert Path(tr.state.best_model_checkpoint).name == "checkpoint-4"
     again = llama(seed=8)
     add_stable(again)
-    from loraforge.training.ilora.adapters import load_pair
-
     load_pair(again, tmp_path / "checkpoint-4", tmp_path / "checkpoint-4" / "ema")
     for adapter in ("default", "ema"):
         mine, theirs = weights(tr.model, adapter), weights(again, adapter)
@@ -185,8 +184,6 @@ def test_the_best_checkpoint_brings_back_both_adapters_and_the_buffer(tmp_path):
 
 
 def test_without_i_lora_a_checkpoint_is_the_plain_one(tmp_path):
-    from loraforge.training.ilora.config import ILoraConfig
-
     whole = run(tmp_path / "a", settings=ILoraConfig())
     assert not (tmp_path / "a" / "checkpoint-6" / STATE).exists()
     run(tmp_path / "b", settings=ILoraConfig(), kill=5)

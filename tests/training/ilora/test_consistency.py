@@ -184,6 +184,7 @@ def test_two_batches_as_one():
     # 2 x 4 + 3 x 6 tokens of ids and of labels, in 5 x 6.
     assert wasted(short, long) == pytest.approx(1 - 26 / 30)
     assert wasted(collate(image_rows(1)), collate(image_rows(2))) == 0.0
+    assert wasted(short, collate(image_rows(2))) == 1.0
 
 
 def test_rows_without_targets_are_known():

@@ -143,11 +143,3 @@ def test_a_model_that_was_moved_since_is_laid_out_anew():
     ema.update(0.25)
     for pair, value in zip(pairs, wanted, strict=True):
         torch.testing.assert_close(pair.stable.detach(), value, rtol=0, atol=1e-6)
-
-
-def test_a_copy_is_exact():
-    for dtype in (torch.float32, torch.bfloat16):
-        pairs = pairs_of(dtype)
-        ema = EmaPairs(pairs)
-        ema.copy()
-        assert all(torch.equal(pair.plastic, pair.stable) for pair in pairs) and ema.drift() == 0.0

@@ -21,15 +21,9 @@ def settings(size):
     return config(ilora_buffer_size=40, replay_batch_size=size, ema_alpha=0.3)
 
 
-def rows():
-    return text_rows(3, 1, (6, 6)), text_rows(8, 2, (6, 6), task=1)
-
-
 def build(folder, values, size):
-    past, current = rows()
-    return trainer(
-        llama(), current, folder, settings(size), past=[*past, *text_rows(1, 9, (6, 6))], train=values, keep=3
-    )
+    past, current = text_rows(4, 1, (6, 6)), text_rows(8, 2, (6, 6), task=1)
+    return trainer(llama(), current, folder, settings(size), past=past, train=values, keep=3)
 
 
 def write(tr, folder):
@@ -63,7 +57,7 @@ def main(out: Path) -> None:
         past = [row | {"labels": torch.full_like(row["labels"], -100)} for row in past]
     shard = ReplayBuffer(8, rank=rank, world=2)
     shard.offer(past, 0)
-    tr = trainer(llama(), text_rows(8, 4, task=1), out / "none", config(), buffer=shard, train={"max_steps": 2})
+    tr = trainer(llama(), text_rows(8, 4, task=1), out / "none", config(), buffer=shard, train={"max_steps": 1})
     tr.train()
     write(tr, out / "none")
 
@@ -73,7 +67,7 @@ def main(out: Path) -> None:
     shard.offer([row | {"labels": torch.tensor(0)} for row in text_rows(6, 5, lengths)], 0)
     tr = trainer(
         bert(), class_rows(8, 6, task=1), out / "ragged", config(), kind="classification", buffer=shard,
-        train={"max_steps": 3},
+        train={"max_steps": 2},
     )  # fmt: skip
     tr.train()
     write(tr, out / "ragged")
