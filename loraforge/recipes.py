@@ -1,9 +1,9 @@
 """Recipes: everything that the merge command can be told, as a YAML file, and the presets that come with loraforge.
 
-Two spellings are read into one plain dict: loraforge's own, and the IterIS documents' configuration files with one section
-a `task_type` and a global `seed`. Its keys are the arguments of `loraforge.merge`, `out`, `tasks`, what a preset says about
-its adapters, and `pipeline`: how `loraforge run` trains and measures them. A method's parameters may stand at the top level
-or under `params`. Torch-free.
+Two spellings are read into one plain dict: loraforge's own, and the IterIS documents' configuration files with one
+section a `task_type` and a global `seed`. Its keys are the arguments of `loraforge.merge`, `out`, `tasks`, what a
+preset says about its adapters, and `pipeline`: how `loraforge run` trains and measures them. A method's parameters may
+stand at the top level or under `params`. Torch-free.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 from loraforge.recipe_keys import OPTIONS, PARAMS, Reader, free
+from loraforge.storage.yaml_file import read_yaml
 
 PRESETS = Path(__file__).with_name("presets")
 
@@ -64,7 +63,7 @@ def load_recipe(source: str | Path, section: str | None = None) -> dict[str, Any
         if text not in preset_names():
             raise UsageError(f"unknown preset '{text}'", hint=did_you_mean(text, preset_names()))
         path = PRESETS / f"{text}.yaml"
-    content = _read_yaml(path)
+    content = read_yaml(path, "recipe")
     sections = {
         k: v for k, v in content.items() if k not in OPTIONS and isinstance(v, dict) and _SECTION_MARKS & v.keys()
     }
@@ -121,25 +120,6 @@ def read_entry(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         LoraforgeError: A value of the wrong kind.
     """
     return _normalise(entry, where)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoraforgeError("the recipe cannot be read", where=path, got=error.strerror) from error
-    except UnicodeDecodeError as error:
-        raise LoraforgeError("the recipe is not UTF-8 text", where=path, got=f"byte {error.start}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = path if mark is None else f"{path}, line {mark.line + 1}"
-        raise LoraforgeError(
-            "the recipe is not valid YAML", where=where, got=getattr(error, "problem", None)
-        ) from error
-    if not isinstance(content, dict) or not content:
-        raise LoraforgeError("a recipe is a mapping of keys to values", where=path, got=type(content).__name__)
-    return {str(k): v for k, v in content.items()}
 
 
 def _from_document(

@@ -31,12 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "resizing": LEAVES | {"kernels", "linalg", "storage", "adapters"},
     "conversion": LEAVES | {"kernels", "linalg", "storage", "adapters"},
     "input_stats": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate"},
-    "recipes": LEAVES | METHOD_ROOM | {"recipe_keys"},
+    "recipes": LEAVES | METHOD_ROOM | {"recipe_keys", "storage"},
     "recipe_keys": LEAVES | METHOD_ROOM,
     "tasks": LEAVES | {"storage", "adapters", "calibrate"},
     "evaluation": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "report"},
-    "training": LEAVES
-    | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "evaluation", "report"},
+    "training": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "evaluation", "report"},
     "pipelines": LEAVES
     | {"storage", "adapters", "calibrate", "input_stats", "tasks", "evaluation", "training", "merging", "report"}
     | {"recipes", "recipe_keys"},

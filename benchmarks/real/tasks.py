@@ -106,7 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="adapters, merges, scores and sequences")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results file")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument(
+        "--stages", nargs="*", choices=list(STAGES), default=list(STAGES), help="none: just the results file"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="merges (labels or methods) or runs of the sequence")
     parser.add_argument("--keep", action="store_true", help="reuse scores of merges that other library code made")

@@ -136,9 +136,13 @@ def entry(variant: Variant, runs: dict[int, tuple[Row, Row]], owns: dict[int, Ro
 
 def leading_names(rows: Sequence[Row], count: int = 5) -> list[str]:
     """The merges of all tasks that fewer tasks are merged by too: the best ones over all seeds, and the plain sum."""
-    others = [row for row in rows if row["name"] != REFERENCE]
-    names = [row["name"] for row in sorted(others, key=lambda row: -row["normalised"])[:count]]
-    return names + [PLAIN_SUM] * (PLAIN_SUM not in names)
+    names: dict[tuple[float, ...], str] = {}  # two methods may be one: `concat` is the plain sum
+    for row in sorted(rows, key=lambda row: -row["normalised"]):
+        if row["name"] not in (REFERENCE, PLAIN_SUM):
+            names.setdefault(tuple(row["normalised_by_seed"]), row["name"])
+    plain = next((tuple(row["normalised_by_seed"]) for row in rows if row["name"] == PLAIN_SUM), ())
+    names.pop(plain, None)
+    return [*list(names.values())[:count], PLAIN_SUM]
 
 
 def sequence_rows(work: Path) -> list[Row]:
@@ -200,14 +204,16 @@ def heading(results: Row) -> str:
 
 
 def six_table(results: Row) -> list[str]:
-    """Every method over all tasks, best first."""
+    """Every method over all tasks, best first; those that ran on fewer seeds after the others."""
     tasks, seeds = results["tasks"], sorted(map(int, results["own_accuracy"]))
     lines = [
         f"| merge of {len(tasks)} | normalised average | {' | '.join(tasks)} | seconds |",
         f"|---|---|{'---|' * (len(tasks) + 1)}",
         f"| own adapter each | 1 | {' | '.join(task_means(list(results['own_accuracy'].values()), tasks))} | |",
     ]
-    for row in sorted(results["six"], key=lambda row: -row["normalised"]):
+    # Scores of fewer seeds do not compare with those of all: such rows come last, by their difference.
+    key = lambda row: (-len(row["seeds"]), -row["difference"])  # noqa: E731
+    for row in sorted(results["six"], key=key):
         means = " | ".join(task_means(list(row["accuracy"].values()), tasks))
         lines.append(f"| {row['name']} | {cell(row, seeds)} | {means} | {row['processor_seconds']:.1f} |")
     base = " | ".join(task_means(list(results["base_accuracy"].values()), tasks))
@@ -238,7 +244,7 @@ def ablation_table(results: Row) -> list[str]:
 def spread(found: Row, scale: float = 100.0) -> str:
     """Mean with its interval over seeds."""
     if found["low"] is None:
-        return f"{scale * found['mean']:+.1f}"
+        return f"{scale * found['mean']:.1f}"
     return f"{scale * found['mean']:.1f} ({scale * found['low']:.1f} to {scale * found['high']:.1f})"
 
 

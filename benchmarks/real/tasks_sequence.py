@@ -17,8 +17,8 @@ from typing import Any
 from tasks_data import base_folder, load_task, prepare
 from tasks_merge import read_json, write_json
 
-SEQUENCE = ("isear", "subj", "irony")
-STEPS, BATCH, LEARNING_RATE, TOKENS = 80, 8, 1e-3, 32
+SEQUENCE = ("emotion-cause", "subj", "sst2")
+STEPS, BATCH, LEARNING_RATE, TOKENS = 100, 8, 2e-3, 32
 BUFFER = 500
 # Name of a run -> (method of the library, settings of I-LORA that differ from its defaults).
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,6 +53,8 @@ def write_sequence(work: Path, run: str, settings: Mapping[str, Any]) -> Path:
         rows = {split: f"../data/{name}/{split}.jsonl" for split in ("train", "test")}
         tasks.append({"id": name, **rows, "text": "text", "label": "label", "max_length": TOKENS})
         tasks[-1] |= {"kind": "classification", "labels": list(load_task(name).classes)}
+        if RUNS[run][0] == "joint":
+            tasks[-1]["rows"] = STEPS * BATCH  # as many of each task as a sequence sees; else the largest task rules
     content = {
         "base_model": base_folder(),
         "output_dir": run,
@@ -62,7 +64,7 @@ def write_sequence(work: Path, run: str, settings: Mapping[str, Any]) -> Path:
             "max_steps": STEPS,
             "per_device_train_batch_size": BATCH,
             "learning_rate": LEARNING_RATE,
-            "lr_scheduler_type": "constant",
+            "lr_scheduler_type": "linear",
         },
         "tasks": tasks,
     }

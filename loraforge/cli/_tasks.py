@@ -71,9 +71,9 @@ def _tasks_of(path: Path, problems: list[LoraforgeError]) -> list[TaskSpec]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from loraforge.training.sequence.yaml_file import read_yaml
+    from loraforge.storage.yaml_file import read_yaml
 
-    return read_yaml(path)
+    return read_yaml(path, "task file")
 
 
 def read_pairs(entries: Sequence[str] | None, option: str) -> dict[str, str]:

@@ -19,6 +19,11 @@ def _option(panel: str, name: str, text: str, *, metavar: str | None = None, def
     return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, show_default=default)
 
 
+def _count(panel: str, name: str, text: str, *, default: str | bool = False) -> Any:
+    """An option that takes a whole number above 0."""
+    return typer.Option(name, metavar="N", min=1, help=text, rich_help_panel=panel, show_default=default)
+
+
 Base = Annotated[str | None, _option(TASK, "--base", "Base model: a folder, or an id in the cache.", metavar="MODEL")]
 TaskFile = Annotated[
     str | None, _option(TASK, "--task", "The task: a YAML file, or a name for what the next say.", metavar="FILE|ID")
@@ -40,8 +45,8 @@ Labels = Annotated[
 Choices = Annotated[str | None, _option(TASK, "--choices", "Fields or templates of the choices, or their one field.")]
 Answer = Annotated[str | None, _option(TASK, "--answer", "Field of the right choice.")]
 Metric = Annotated[str | None, _option(TASK, "--metric", "Metrics, the main one first.", default="the kind's")]
-MaxLength = Annotated[int | None, _option(TASK, "--max-length", "Tokens an input is cut to.")]
-Rows = Annotated[int | None, _option(TASK, "--rows", "Training rows to take.", default="all")]
+MaxLength = Annotated[int | None, _count(TASK, "--max-length", "Tokens an input is cut to.")]
+Rows = Annotated[int | None, _count(TASK, "--rows", "Training rows to take.", default="all")]
 
 # The launcher of torch takes --r for a beginning of its own options.
 R = Annotated[int | None, typer.Option("--r", "--lora-r", help="Rank.", rich_help_panel=LORA, show_default="8")]
@@ -77,16 +82,16 @@ Set = Annotated[
     _option(TRAIN, "--set", "Any argument of transformers.TrainingArguments (repeat).", metavar="KEY=VALUE"),
 ]
 Epochs = Annotated[float | None, _option(TRAIN, "--epochs", "Same as --set num_train_epochs.", default="3")]
-MaxSteps = Annotated[int | None, _option(TRAIN, "--max-steps", "Same as --set max_steps.")]
+MaxSteps = Annotated[int | None, _count(TRAIN, "--max-steps", "Same as --set max_steps.")]
 LearningRate = Annotated[float | None, _option(TRAIN, "--lr", "Same as --set learning_rate.", default="5e-5")]
-BatchSize = Annotated[int | None, _option(TRAIN, "--batch-size", "Rows a step and process.", default="8")]
-Accumulate = Annotated[int | None, _option(TRAIN, "--accumulate", "Micro-batches a step.", default="1")]
+BatchSize = Annotated[int | None, _count(TRAIN, "--batch-size", "Rows a step and process.", default="8")]
+Accumulate = Annotated[int | None, _count(TRAIN, "--accumulate", "Micro-batches a step.", default="1")]
 Bf16 = Annotated[bool | None, _option(TRAIN, "--bf16", "Compute in bfloat16.")]
 Checkpointing = Annotated[bool | None, _option(TRAIN, "--gradient-checkpointing", "Less memory, more time.")]
 Seed = Annotated[int | None, _option(TRAIN, "--seed", "Seed of every random draw.", default="0")]
 EarlyStopping = Annotated[
     int | None,
-    _option(TRAIN, "--early-stopping", "End after N evaluations without a better one; take the best.", metavar="N"),
+    _count(TRAIN, "--early-stopping", "End after N evaluations without a better one; take the best."),
 ]
 Snapshots = Annotated[
     str | None, _option(TRAIN, "--snapshots", "Keep N copies along the way, or those of these steps.", metavar="N|S,S")
@@ -96,9 +101,7 @@ BaseDtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
     _option(TRAIN, "--dtype", "Of the base's weights.", default="float32"),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run; keep what is done if this one is interrupted.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run, from its last checkpoint.")]
 
 # Flag -> training argument.
 _SUGAR = {
@@ -162,8 +165,9 @@ def run(voice: Output, train: Callable[..., dict[str, Any]], arguments: Mapping[
         with voice.progress() as progress:
             record = train(**arguments, progress=progress)
     except KeyboardInterrupt:
-        if arguments.get("resume"):
-            voice.note("note: the last checkpoint is kept; the same command goes on from there")
+        out = Path(arguments["out"]).absolute()
+        if out.with_name(f".{out.name}.part").is_dir():
+            voice.note("note: the last checkpoint is kept; the same command with --resume goes on from there")
         raise
     finally:
         _leave_group()
@@ -204,7 +208,11 @@ def _task(given: Mapping[str, Any]) -> Any:
 
         return replace(read_task(named), **flags, **sources)
     if "train" not in sources:
-        raise UsageError("no task was named", expected="--task FILE.yaml, or --train FILE")
+        raise UsageError(
+            "no task was named" if named is None else "the task has no training rows",
+            got=None if named is None else f"--task {named}, which is no .yaml file",
+            expected="--task FILE.yaml, or --train FILE with the rows",
+        )
     name = named or Path(sources["train"]).name.split(".")[0]
     return {"id": name, **flags, **sources}
 
@@ -255,6 +263,10 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _times(count: float, word: str) -> str:
+    return f"{count:.6g} {word}" if count == 1 else f"{count:.6g} {word}s"
+
+
 def _print_plan(voice: Output, record: Mapping[str, Any]) -> None:
     rows = [[split, entry["source"], entry["rows"], entry["available"]] for split, entry in record["data"].items()]
     voice.table(["split", "source", "rows", "of"], rows)
@@ -278,6 +290,8 @@ def _print_result(voice: Output, record: Mapping[str, Any]) -> None:
         voice.table(["split", "metric", "value", "95 % interval", "rows"], rows)
     best = record["best"]
     taken = "" if best is None else f"; best {best['metric']} at step {best['step']} was taken"
-    voice.line(f"{record['steps']} steps, {record['epochs']:.4g} epochs in {record['seconds']:.1f} s{taken}")
+    voice.line(
+        f"{_times(record['steps'], 'step')}, {_times(record['epochs'], 'epoch')} in {record['seconds']:.1f} s{taken}"
+    )
     voice.line(f"written to {record['out']}")
     voice.line(f"report    {Path(record['out']) / 'report.html'}")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Groups = Annotated[
     list[str] | None,
-    typer.Argument(metavar="GROUP", help="kernels, merge, iteris, train, scale; all of them by default.", show_default=False),
+    typer.Argument(
+        metavar="GROUP", help="kernels, merge, iteris, train, scale; all of them by default.", show_default=False
+    ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Larger sizes, many minutes.")]
 Size = Annotated[str | None, typer.Option("--size", hidden=True)]

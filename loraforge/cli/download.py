@@ -14,7 +14,7 @@ from loraforge.cli._output import Output, human_bytes
 def download(
     source: run.Source,
     data: run.Data = None,
-    base: opt.Base = None,
+    base: run.Base = None,
     settings: run.Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is missing; fetch nothing.")] = False,
     json: opt.Json = False,

@@ -124,7 +124,7 @@ def eval(
     Adapters answer a classification task with their own head, merged ones with the head that was kept for it.
     """
     if base is None:
-        raise UsageError("no base model was named", expected="--base MODEL")
+        raise UsageError("--base is missing", expected="--base MODEL")
     fields = {key: ctx.params[key] for key in _FIELDS if ctx.params[key] is not None}
     if labels is not None:
         fields["labels"] = [name.strip() for name in labels.split(",")]
@@ -166,6 +166,9 @@ def _print(voice: Output, found: Mapping[str, Any], out: str | None) -> None:
     headers = [header.replace(" %", "") for header in scores.headers]
     voice.table(headers, [list(row) for row in scores.rows])
     voice.line("scores in percent (perplexities as they are), with 95 % intervals")
+    hidden = len(found["rows"]) - len(shown_rows(found))
+    if hidden:
+        voice.line("'own adapters' is each adapter on its own task; results.json has a row for each")
     for row in shown_rows(found):
         for name, cell in row["cells"].items():
             if cell.get("reason"):

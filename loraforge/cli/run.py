@@ -18,6 +18,11 @@ Data = Annotated[
     typer.Option("--data", metavar="DIR", help="Folder that relative paths are counted from.",
                  show_default="the recipe's folder; for presets the current one"),
 ]  # fmt: skip
+Base = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Base model to use: a folder, or an id in the cache.",
+                 show_default="the recipe's"),
+]  # fmt: skip
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", show_default=False,
@@ -31,7 +36,7 @@ def run(
         str | None, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.", show_default="runs/NAME")
     ] = None,
     data: Data = None,
-    base: opt.Base = None,
+    base: Base = None,
     settings: Set = None,
     adapters: Annotated[
         list[str] | None,
@@ -83,15 +88,15 @@ def recipe_settings(assignments: Sequence[str] | None, **options: Any) -> dict[s
     Raises:
         UsageError: Not KEY=VALUE, a value that is not YAML, or a key that is also an option.
     """
-    import yaml
+    from loraforge.storage.yaml_file import read_value
 
     values = {key: value for key, value in options.items() if value is not None}
     for key, text in assigned(assignments or (), "--set", "KEY=VALUE"):
         if key in values:
             raise UsageError(f"'{key}' is given twice", where="--set", hint="name it once")
         try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            values[key] = read_value(text)
+        except ValueError as error:
             raise UsageError("the value of a setting is not YAML", where=f"--set {key}", got=text) from error
     return values
 

@@ -83,11 +83,16 @@ def train_ilora(
     with voice.session():
         from loraforge.training.sequence.run import train_ilora as run
 
-        with voice.progress() as progress:
-            found = run(
-                sequence, method=method, set=settings, resume=resume, overwrite=bool(overwrite), tasks=tasks,
-                dry_run=dry_run, out=out, seed=seed, device=device or "auto", progress=progress, notify=voice.note,
-            )  # fmt: skip
+        try:
+            with voice.progress() as progress:
+                found = run(
+                    sequence, method=method, set=settings, resume=resume, overwrite=bool(overwrite), tasks=tasks,
+                    dry_run=dry_run, out=out, seed=seed, device=device or "auto", progress=progress, notify=voice.note,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            if not dry_run:
+                voice.note("note: what is done is kept; the same command goes on from there")
+            raise
         voice.result(found)
         if dry_run:
             _print_plan(voice, found)

@@ -54,7 +54,7 @@ class SequenceRecipe:
 
     def quick(self) -> SequenceRecipe:
         """The same pipeline in seconds, for tests."""
-        return replace(self, domains=("rotated", "inverted"), train=256, test=100, epochs=4, rate=5e-3, buffer=40)
+        return replace(self, domains=("rotated", "inverted"), train=160, test=60, epochs=4, rate=8e-3, buffer=40)
 
 
 def run_sequence_demo(

@@ -30,7 +30,13 @@ def swapped(model: nn.Module, tensors: Mapping[str, Tensor], where: object) -> I
             held = getattr(owner, name)
             if held.shape[1:] != tensor.shape[1:]:
                 got, expected = _shape(tensor), _shape(held)
-                raise LoraforgeError(f"the head has another width at '{key}'", where=where, got=got, expected=expected)
+                raise LoraforgeError(
+                    f"the head has another width at '{key}'",
+                    where=where,
+                    got=got,
+                    expected=expected,
+                    hint="it was trained on another base; name that one with --base",
+                )
             near = tensor.to(held.device, held.dtype)
             kept.append((owner, name, held))
             setattr(owner, name, nn.Parameter(near, requires_grad=False) if isinstance(held, nn.Parameter) else near)

@@ -7,11 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from loraforge.errors import UsageError, did_you_mean
 from loraforge.recipe_keys import OPTIONS
 from loraforge.recipes import read_entry
+from loraforge.storage.yaml_file import read_value
 from loraforge.tasks.spec import KEYS as TASK_KEYS
 
 SECTIONS = ("lora", "train", "eval")
@@ -51,7 +50,7 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
 
 def as_typed(value: Any) -> str:
     """A value as one types it behind `--set KEY=`."""
-    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value)
+    return value if isinstance(value, str) and read_value(value) == value else json.dumps(value)
 
 
 def _set_task(tasks: Sequence[dict[str, Any]], rest: str, value: Any, key: str) -> None:

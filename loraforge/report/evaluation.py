@@ -115,7 +115,11 @@ def _verdict(record: Record) -> str:
         return f"Best {task['title']} on {task['id']}: {best['name']}, {score_text(best['cells'][task['id']], task)}."
     lower = record["tasks"][0]["lower_is_better"]
     best = (min if lower else max)(known, key=lambda row: row["average"])
-    return f"Best average over {len(record['tasks'])} tasks: {best['name']}, {average_texts(best, record['tasks'])[0]}."
+    told = f"Best average over {len(record['tasks'])} tasks: {best['name']}, {average_texts(best, record['tasks'])[0]}"
+    own = next((row for row in record["rows"] if row["kind"] == "own" and row["average"] is not None), None)
+    if own is not None:  # several models, therefore no rival of one
+        told += f"; each task's own adapter: {average_texts(own, record['tasks'])[0]}"
+    return f"{told}."
 
 
 def _facts(record: Record) -> dict[str, object]:

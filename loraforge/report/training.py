@@ -37,7 +37,7 @@ def training_report_html(record: Mapping[str, Any], log: Log) -> str:
         _measured(record),
         section("Loss", svg(partial(loss_chart, log), "loss by step")) if series(log, "loss") else "",
         _metrics(record, log),
-        section("Learning rate", svg(partial(rate_chart, log), "learning rate and gradient norm by step"))
+        section("Learning rate and gradient", svg(partial(rate_chart, log), "learning rate and gradient norm by step"))
         if series(log, "learning_rate")
         else "",
         section("What went in", table(_data(record)), fold("Settings", table(_settings(record)))),
@@ -97,6 +97,7 @@ def rate_chart(log: Log) -> Iterator[Figure]:
 
 
 def _line(axes: Any, points: Sequence[tuple[int, float]], colour: str, label: str) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no half a step
     if points:
         marker = "o" if len(points) <= _MARKED else None
         axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=4, linewidth=1.6)

@@ -34,13 +34,15 @@ def take(item: Mapping[str, Any], name: str, where: str, key: str) -> Any:
     """
     value = _find(item, name)
     if value is _ABSENT or value is None:
+        absent = value is _ABSENT
         seen = ", ".join(map(str, item)) or "none"
+        naming = f"name the field in the task, as '{key}: FIELD' (--{key.replace('_', '-')} FIELD); {_hint(key)}"
         raise LoraforgeError(
-            f"the row has no field '{name}'" if value is _ABSENT else f"the field '{name}' of the row holds nothing",
+            f"the row has no field '{name}'" if absent else f"the field '{name}' of the row holds nothing",
             where=where,
-            got=f"fields {_short(seen)}",
+            got=f"fields {_short(seen)}" if absent else repr(value),
             expected=f"'{name}', by the task's '{key}'",
-            hint=f"name the field in the task, as '{key}: {next(iter(item), 'FIELD')}'; {_hint(key)}",
+            hint=naming if absent else "fill it in, or leave the row out",
         )
     return value
 

@@ -92,9 +92,16 @@ def class_of(item: Mapping[str, Any], spec: TaskSpec, where: str, known: Mapping
             f"unknown label: {source} have no such class",
             where=f"{where}, {spec.label or 'label'}",
             got=repr(value),
-            hint=did_you_mean(value, list(known)[:_SHOWN]),
+            hint=did_you_mean(value, _shown(spec, known)[:_SHOWN]),
         )
     return known[value]
+
+
+def _shown(spec: TaskSpec, known: Mapping[str, int]) -> list[str]:
+    """The values to name in a message: without the indices that stand for names."""
+    if isinstance(spec.labels, Mapping):
+        return list(known)
+    return [value for value in known if not value.lstrip("-").isdigit()] or list(known)
 
 
 def head_positions(

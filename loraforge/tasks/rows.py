@@ -22,6 +22,7 @@ from loraforge.tasks.spec import TaskSpec
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 T = TypeVar("T")
 _PAIR = ("texts", "labels")
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,13 +57,35 @@ class Rows:
             LoraforgeError: What it raised, the first problems of all rows at once.
         """
         found: list[T] = []
-        problems: list[LoraforgeError] = []
+        problems: list[tuple[int, LoraforgeError]] = []
         for i in range(len(self)) if chosen is None else chosen:
             try:
                 found.append(make(self.items[i], self.place(i)))
             except LoraforgeError as problem:
-                problems.append(problem)
-        report_problems(problems)
+                problems.append((i, problem))
+        report_problems(self._joined(problems))
+        return found
+
+    def _joined(self, problems: Iterable[tuple[int, LoraforgeError]]) -> list[LoraforgeError]:
+        """One problem for all rows of which the same is said: the first few of them, and how many more."""
+        causes: dict[tuple[object, ...], list[tuple[int, LoraforgeError]]] = {}
+        for i, problem in problems:
+            part = str(problem.where).removeprefix(self.place(i))
+            same = (problem.what, problem.got, problem.expected, problem.hint, part)
+            causes.setdefault(same, []).append((i, problem))
+        found = []
+        for rows in causes.values():
+            number, first = rows[0]
+            part = str(first.where).removeprefix(self.place(number))
+            if len(rows) == 1 or not str(first.where).startswith(self.where):
+                found.append(first)
+                continue
+            places = ", ".join(self.names[i] for i, _ in rows[:_SHOWN])
+            more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
+            where = f"{self.where}, {places}{more}{part}"
+            found.append(
+                LoraforgeError(first.what, where=where, got=first.got, expected=first.expected, hint=first.hint)
+            )
         return found
 
 

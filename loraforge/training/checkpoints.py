@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from loraforge.errors import LoraforgeError
 from loraforge.storage.atomic import flush_file
@@ -47,6 +49,16 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if (path / WHOLE).is_file()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def ended_state(checkpoint: Path) -> TrainerState | None:
+    """The state in a checkpoint that was the end of its run (its last step, or stopped early); else None."""
+    path = checkpoint / TRAINER_STATE_NAME
+    if not path.is_file():
+        return None
+    state = TrainerState.load_from_json(str(path))
+    control = (state.stateful_callbacks or {}).get("TrainerControl", {})
+    return state if control.get("args", {}).get("should_training_stop") else None
 
 
 def prune_checkpoints(folder: Path, keep: int, best: str | None) -> None:

@@ -136,6 +136,7 @@ def _train(job: Job, arguments: Any, part: Path, work: Path) -> dict[str, Any]:
     state = trainer.state
     found: dict[str, Any] = {"steps": state.global_step, "epochs": state.epoch, "best": None}
     if job.plan.best is not None:
+        _check_best(trainer, job.plan.best)
         found["best"] = {"metric": job.plan.best, "value": state.best_metric, "step": state.best_global_step}
     found["stopped_early"] = state.global_step < state.max_steps
     # All processes have read their best checkpoint, which rank 0 is about to remove.
@@ -149,6 +150,21 @@ def _train(job: Job, arguments: Any, part: Path, work: Path) -> dict[str, Any]:
         write_task_card(part, job.request.spec, job.kind, job.data["train"].labels, job.request.base)
         done.write_text(json.dumps(found), encoding="utf-8")
     return found
+
+
+def _check_best(trainer: TaskTrainer, metric: str) -> None:
+    """Refuses to call the last weights the best ones."""
+    if trainer.state.best_model_checkpoint is None:
+        raise LoraforgeError(
+            "there is no best checkpoint to take", where=trainer.args.output_dir, got=f"{metric} {_best_of(trainer)}",
+            expected="an evaluation with a number, and its checkpoint where it was written",
+            hint="the metric may be undefined on these rows; a run that was moved while it was broken off cannot go on",
+        )  # fmt: skip
+
+
+def _best_of(trainer: TaskTrainer) -> str:
+    value = trainer.state.best_metric
+    return "without a value" if value is None else f"{value:g} at step {trainer.state.best_global_step}"
 
 
 def _callbacks(job: Job, part: Path) -> list[Any]:

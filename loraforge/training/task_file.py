@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from loraforge.errors import LoraforgeError
+from loraforge.storage.yaml_file import read_yaml
 from loraforge.tasks.spec import TaskSpec, parse_task
 
 
@@ -15,14 +14,6 @@ def read_task(path: str | Path) -> TaskSpec:
     Raises:
         LoraforgeError: It cannot be read, or is no task; all problems at once.
     """
-    import yaml
-
     path = Path(path)
-    try:
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        got = str(error).split("\n")[0]
-        raise LoraforgeError("the task file cannot be read", where=path, got=got, expected="YAML or JSON") from error
-    if not isinstance(entry, Mapping):
-        raise LoraforgeError("the task file is no mapping", where=path, got=type(entry).__name__, expected="id: NAME")
+    entry = read_yaml(path, "task file")
     return parse_task(entry, path, path.parent)

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from loraforge.calibrate.base import prefer_kwargs
 from loraforge.errors import LoraforgeError
 from loraforge.training.checkpoints import WHOLE as WHOLE
 from loraforge.training.checkpoints import drop_torn as drop_torn
-from loraforge.training.checkpoints import mark_whole, named_when_refused, prune_checkpoints
+from loraforge.training.checkpoints import ended_state, mark_whole, named_when_refused, prune_checkpoints
 from loraforge.training.checkpoints import whole_checkpoints as whole_checkpoints
 from loraforge.training.loss import summed_cross_entropy, target_count, task_logits
 from loraforge.training.saving import no_bars, save_adapter
@@ -83,6 +84,33 @@ class TaskTrainer(Trainer):
         self._prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None) if encoder_decoder else None
         # Step (from 1) of the first loss that was not finite; on the device, so that looking for it waits for nothing.
         self._bad_step = torch.zeros((), dtype=torch.int64, device=args.device)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains, from a checkpoint on where one is given.
+
+        What a run ended with is only read: transformers would make one more step from it where the last step is not the
+        last of its epoch.
+        """
+        parted = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if isinstance(resume_from_checkpoint, str) and not parted:
+            state = ended_state(Path(resume_from_checkpoint))
+            if state is not None:
+                return self._take_up(resume_from_checkpoint, state)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _take_up(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """The end of a run out of its last checkpoint; what callbacks do before and after a training is done."""
+        self._load_from_checkpoint(checkpoint)
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.state = state
+        self.create_optimizer()
+        self.callback_handler.optimizer = self.optimizer
+        self.callback_handler.on_train_begin(self.args, state, self.control)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.callback_handler.on_train_end(self.args, state, self.control)
+        return TrainOutput(state.global_step, float("nan"), {})
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and the number of targets in all of them on all processes."""
@@ -147,10 +175,12 @@ class TaskTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The loss over the eval rows, with the scorer's metrics beside it."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._score is not None:
-            scores = self._score(self.model)
+        """The loss over the eval rows, with the scorer's metrics beside it; training goes on as if it had not been."""
+        # A loader draws a seed when it starts, and the dropout of the next step would be another.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            scores = {} if self._score is None else self._score(self.model)
+        if scores:
             output.metrics.update({f"{metric_key_prefix}_{name}": float(value) for name, value in scores.items()})
         return output
 

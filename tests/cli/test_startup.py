@@ -31,8 +31,8 @@ def loaded(arguments: list[str], **environment: str) -> set[str]:
 
 
 COMMANDS = (
-    "merge", "methods", "inspect", "resize", "convert", "collect-stats", "train-lora", "train-full", "train-ilora", "cl-eval",
-    "cl-report", "eval", "run", "download", "doctor", "demo", "bench",
+    "merge", "methods", "inspect", "resize", "convert", "collect-stats", "train-lora", "train-full", "train-ilora",
+    "cl-eval", "cl-report", "eval", "run", "download", "doctor", "demo", "bench",
 )  # fmt: skip
 
 

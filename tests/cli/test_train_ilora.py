@@ -93,10 +93,7 @@ def test_wrong_words_and_wrong_files(
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_are_no_run(run: Run, tmp_path: Path) -> None:
-    for command in ("cl-eval", "cl-report"):
-        result = run(command, tmp_path)
-        assert result.exit_code == 3 and "no training sequence" in result.stderr
+def test_a_file_that_is_not_there(run: Run, tmp_path: Path) -> None:
     assert run("train-ilora", tmp_path / "none.yaml").exit_code == 3
     assert run("train-ilora", tmp_path / "none.yaml", "--nproc", "2").exit_code == 3
 

@@ -19,8 +19,8 @@ from loraforge.demo.evaluation import accuracy, adapter_accuracies
 from loraforge.demo.sequence import METHODS, SequenceRecipe, run_sequence_demo, sequence_yaml, write_images
 from loraforge.errors import LoraforgeError
 from loraforge.report.demo_sequence import courses_chart, results_table, sequence_demo_html, summary
+from loraforge.storage.yaml_file import read_yaml
 from loraforge.training.sequence.spec import parse_sequence
-from loraforge.training.sequence.yaml_file import read_yaml
 
 TASKS = ["rotated", "inverted"]
 RUNS = {"seq": "run-seq", "er": "run-er", "ilora": "run"}

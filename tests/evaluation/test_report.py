@@ -78,7 +78,8 @@ def test_differences_say_whether_their_interval_leaves_0_out(record):
 
 def test_the_page_tells_the_verdict_and_needs_no_network(record, tmp_path):
     html = write_evaluation_report(tmp_path / "report.html", record).read_text()
-    assert "Best average over 2 tasks: good $x$ &lt;merge&gt;, 75.0 (65.0 to 85.0)." in html
+    assert "Best average over 2 tasks: good $x$ &lt;merge&gt;, 75.0 (65.0 to 85.0); each task" in html
+    assert "s own adapter: 85.0 (75.0 to 95.0)." in html
     assert "http" not in html and "<script" not in html and "<merge>" not in html
     assert "base answers a with the head of one." in html
     assert html == evaluation_html(record)

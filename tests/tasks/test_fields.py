@@ -21,8 +21,8 @@ def test_fields_templates_and_paths():
 @pytest.mark.parametrize(
     ("row", "source", "message"),
     [
-        ({"question": "a"}, "text", r"no field 'text'(.|\n)*fields question(.|\n)*'text: question'"),
-        ({"text": None}, "text", "'text' of the row holds nothing"),
+        ({"question": "a"}, "text", r"no field 'text'(.|\n)*fields question(.|\n)*'text: FIELD' \(--text FIELD\)"),
+        ({"text": None}, "text", r"'text' of the row holds nothing(.|\n)*found: None(.|\n)*leave the row out"),
         ({"text": " "}, "text", "text is empty(.|\n)*file, line 3, text"),
         ({"text": ["a"]}, "text", "not text(.|\n)*list"),
         ({"a": "x"}, "{a} {b}", "no field 'b'"),

@@ -65,7 +65,24 @@ def test_unknown_labels_are_named_with_their_rows(tmp_path):
 
 def test_many_problems_are_counted():
     with pytest.raises(InputProblems, match="and 15 more problems"):
-        task_labels(TaskSpec("t", train=[{"text": "a"}] * 25))
+        task_labels(TaskSpec("t", train=[{"text": "a", "label": [i]} for i in range(25)]))
+
+
+def test_rows_with_one_fault_are_told_once():
+    rows = [{"text": "a"}] * 24 + [{"text": "a", "label": None}]
+    with pytest.raises(InputProblems, match="2 problems") as caught:
+        task_labels(TaskSpec("t", train=rows))
+    absent, empty = caught.value.problems
+    assert absent.where == "task 't', train (in memory), row 1, row 2, row 3, row 4, row 5 and 19 more"
+    assert empty.where == "task 't', train (in memory), row 25"
+
+
+def test_an_unknown_label_is_told_without_the_indices():
+    spec = TaskSpec("t", train=[{"text": "a"}], labels=("good", "bad"))
+    known = known_values(spec, ("good", "bad"))
+    assert known["1"] == 1
+    with pytest.raises(LoraforgeError, match=r"found: 'poor'\n  next: known: good, bad$"):
+        class_of({"label": "poor"}, spec, "row 1", known)
 
 
 @pytest.mark.parametrize(

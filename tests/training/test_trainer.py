@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraforge.errors import LoraforgeError
 from loraforge.tasks import Collator, load_model, load_task, pad_token_id_of, parse_task
 from loraforge.training.arguments import training_arguments
+from loraforge.training.snapshots import EarlyStop
 from loraforge.training.trainer import (
     WHOLE,
     TaskTrainer,
@@ -40,6 +41,7 @@ def trainer_of(base: Path, rows: Path, kind: str, out: Path, train: dict[str, An
         kind=kind,
         collate=Collator(kind, pad_token_id_of(None, config)),
         train_rows=data.examples,
+        eval_rows=data.examples if "eval_strategy" in train else None,
         **more,
     )
 
@@ -140,3 +142,37 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
     drop_torn(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_evaluation_does_not_change_what_is_learnt(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", "bert", dropout=0.3)
+    file = write_rows(tmp_path / "r.jsonl", [{"text": f"{w} sun", "label": w} for w in ("good", "bad")] * 4)
+    found = []
+    for name, values in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 1})):
+        train = {"per_device_train_batch_size": 2, "max_steps": 3, **values}
+        trainer = trainer_of(base, file, "classification", tmp_path / name, train, score=lambda model: {"s": 1.0})
+        trainer.train()
+        assert sum("eval_s" in entry for entry in trainer.state.log_history) == (3 if values else 0)
+        found.append(trainer.model.state_dict())
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+@pytest.mark.parametrize(("strategy", "steps", "seen"), [("steps", 3, 3), ("epoch", -1, 4)])
+def test_the_end_of_a_run_is_only_read_again(tmp_path: Path, strategy: str, steps: int, seen: int) -> None:
+    base = tiny_base(tmp_path / "base", "bert")
+    file = write_rows(tmp_path / "r.jsonl", [{"text": f"{w} sun", "label": w} for w in ("good", "bad")] * 4)
+    train = {"per_device_train_batch_size": 4, "max_steps": steps, "num_train_epochs": 9, "save_strategy": strategy,
+             "save_steps": 1, "eval_strategy": strategy, "eval_steps": 1, "load_best_model_at_end": True,
+             "metric_for_best_model": "s", "greater_is_better": True}  # fmt: skip
+    found = []
+    for checkpoint in (None, str(tmp_path / "o" / f"checkpoint-{seen}")):
+        scores = iter([0.3, 0.2, 0.1])  # the first is the best
+        stop = [EarlyStop("eval_s", 1, True)] if strategy == "epoch" else []
+        trainer = trainer_of(
+            base, file, "classification", tmp_path / "o", train, score=lambda model, s=scores: {"s": next(s)},
+            callbacks=stop, keep=5,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert (trainer.state.global_step, trainer.state.best_global_step) == (seen, 1 if strategy == "steps" else 2)
+        found.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraforge.errors import LoraforgeError
+from loraforge.training.checkpoints import WHOLE
 from loraforge.training.ilora import ranks
 from loraforge.training.ilora.adapters import PLASTIC, STABLE, WEIGHTS, load_adapter, load_pair, save_stable
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.config import ILoraConfig
 from loraforge.training.ilora.packing import write_states
-from loraforge.training.trainer import WHOLE
 
 if TYPE_CHECKING:
     from loraforge.training.ilora.trainer import ILoraTrainer

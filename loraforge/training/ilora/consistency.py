@@ -26,12 +26,14 @@ class LabelMask:
 
     def __init__(self, label_ids: Mapping[int, Sequence[int]], width: int) -> None:
         self._known = frozenset(label_ids)
-        self._allowed = torch.zeros(max(label_ids) + 1, width, dtype=torch.bool)
+        # The last row is that of tasks without positions: rows out of another run, below 0.
+        self._allowed = torch.ones(max(label_ids) + 2, width, dtype=torch.bool)
         for task, ids in label_ids.items():
             outside = [i for i in ids if not 0 <= i < width]
             if outside or not ids:
                 got, expected = outside or "none", f"positions from 0 to {width - 1}"
                 raise LoraforgeError("labels outside the head", where=f"task {task}", got=got, expected=expected)
+            self._allowed[task] = False
             self._allowed[task, list(ids)] = True
 
     @property
@@ -43,7 +45,10 @@ class LabelMask:
         """Logits (B, C) with minus infinity at labels of other tasks than the row's, tasks (B,)."""
         if self._allowed.device != logits.device:
             self._allowed = self._allowed.to(logits.device)
-        return logits.masked_fill(~self._allowed[tasks.to(logits.device)], float("-inf"))
+        tasks = tasks.to(logits.device)
+        last = len(self._allowed) - 1
+        rows = self._allowed[tasks.where((tasks >= 0) & (tasks < last), last)]
+        return logits.masked_fill(~rows, float("-inf"))
 
 
 def target_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:

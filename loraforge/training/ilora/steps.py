@@ -35,7 +35,9 @@ class Steps(TrainerCallback):
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         """Rows are dealt out anew: no process takes up what another one was offered."""
         buffer = self._trainer.buffer
-        if buffer.dedup and buffer.world > 1:
+        # A run that goes on within an epoch begins it a second time.
+        within = (self._trainer.state.epoch or 0.0) % 1.0
+        if buffer.dedup and buffer.world > 1 and not within:
             buffer.exchange(set().union(*ranks.gathered(buffer.fresh)))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -37,7 +37,8 @@ from loraforge.training.ilora.figures import Figures
 from loraforge.training.ilora.hidden import accepted, probe
 from loraforge.training.ilora.stable import Stable
 from loraforge.training.ilora.steps import Steps
-from loraforge.training.trainer import Scorer, TaskTrainer, summed_cross_entropy, target_count
+from loraforge.training.loss import summed_cross_entropy, target_count
+from loraforge.training.trainer import Scorer, TaskTrainer
 
 TASK = "task"
 # Rules that look at the loss of every token.
@@ -181,7 +182,7 @@ class ILoraTrainer(TaskTrainer):
         if replay is not None:
             loss, logits = self._replayed(model, inputs, tasks, replay, num_items_in_batch)
         else:
-            logits = self._forward(model, inputs).logits
+            logits = self._forward(model, inputs, **self._options).logits
             loss = self._current(logits, inputs["labels"], tasks, num_items_in_batch, model.training)
         if replays:
             self.buffer.offer(rows_of(inputs, self._shifted), tasks.tolist())

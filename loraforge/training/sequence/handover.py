@@ -11,11 +11,12 @@ The first task starts with a new `default` and a copy of it. Tensors alone are c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError, raise_problems
+from loraforge.tasks.card import read_task_card
 from loraforge.training.ilora.config import ILoraConfig
 from loraforge.training.sequence.layout import STATE, Previous, read_json
 
@@ -45,13 +46,14 @@ def sources(previous: Previous, config: ILoraConfig, stable: bool) -> dict[str, 
     return {adapter: folder for adapter, folder in found.items() if folder is not None and (stable or adapter != "ema")}
 
 
-def check_previous(folder: Path, model: Any, base: Mapping[str, Any]) -> None:
+def check_previous(folder: Path, model: Any, base: Mapping[str, Any], head_labels: Sequence[str] = ()) -> None:
     """Refuses an adapter that is not of the same base and form.
 
     Args:
         folder: Of the previous adapter.
         model: PeftModel with a fresh adapter `default`.
         base: Of `base_identity`.
+        head_labels: Names of the rows of the head; a head of as many rows may mean other classes.
 
     Raises:
         LoraforgeError: Everything that differs, at once.
@@ -68,6 +70,7 @@ def check_previous(folder: Path, model: Any, base: Mapping[str, Any]) -> None:
                     expected=_shown(now), hint="train the sequence with one set of lora options",
                 )
             )  # fmt: skip
+    problems += _head_problems(folder, list(head_labels))
     told = read_json(folder / STATE).get("base") or read_json(folder.parent / STATE).get("base")
     if told:
         digests = {key: told.get(key) for key in ("files", "revision") if told.get(key) is not None}
@@ -77,6 +80,19 @@ def check_previous(folder: Path, model: Any, base: Mapping[str, Any]) -> None:
     elif found.get("base_model_name_or_path") not in (None, base.get("name")):
         problems.append(_other_base(folder, found["base_model_name_or_path"], base.get("name"), "another name"))
     raise_problems(problems)
+
+
+def _head_problems(folder: Path, head_labels: list[str]) -> list[LoraforgeError]:
+    card = read_task_card(folder)
+    # An adapter of one task names its classes without the task.
+    if card is None or head_labels in (card["labels"], [f"{card['id']}:{label}" for label in card["labels"]]):
+        return []
+    return [
+        LoraforgeError(
+            "the head of the task before has other classes", where=folder, got=", ".join(card["labels"]) or "none",
+            expected=", ".join(head_labels) or "none", hint="list all tasks in one sequence file and train by --tasks",
+        )
+    ]  # fmt: skip
 
 
 def _other_base(folder: Path, before: Any, now: Any, how: str) -> LoraforgeError:

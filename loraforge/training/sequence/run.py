@@ -15,7 +15,7 @@ from loraforge.training.record import versions
 from loraforge.training.sequence.checks import METHODS
 from loraforge.training.sequence.depends import base_identity, depends_on
 from loraforge.training.sequence.evaluate import is_scored, score_base, score_unit, write_results
-from loraforge.training.sequence.layout import task_folder
+from loraforge.training.sequence.layout import REPORT, task_folder
 from loraforge.training.sequence.material import read_material
 from loraforge.training.sequence.matrix import early_report, read_matrix
 from loraforge.training.sequence.plan import plan
@@ -157,6 +157,7 @@ def _run(work: Work, chosen: Iterable[int], checkpoint: Path | None, notes: list
     state = _begin(work)
     _check_checkpoint(state, checkpoint)
     score_base(work)
+    worked = False
     for index in chosen:
         unit = work.units[index]
         model = None
@@ -168,12 +169,16 @@ def _run(work: Work, chosen: Iterable[int], checkpoint: Path | None, notes: list
         if state.entry(unit)["state"] == TRAINED or not is_scored(work, unit):
             score_unit(work, unit, model)
             state.update(unit, state=DONE)
+            worked = True
             _tell_forgetting(work, index)
         del model
         if is_first():
             write_results(work.spec, state, notes, report=False)
         wait()
-    found = write_results(work.spec, state, notes, notify=work.notify) if is_first() else {}
+    found: dict[str, Any] = {}
+    if is_first():
+        drawn = not worked and (work.run / REPORT).is_file()
+        found = write_results(work.spec, state, notes, notify=work.notify, report=not drawn)
     return from_first(found)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
+from loraforge.storage.yaml_file import read_value
 from loraforge.training.options import LoraOptions
 from loraforge.training.sequence.checks import (
     EVAL_KEYS,
@@ -23,7 +24,6 @@ from loraforge.training.sequence.checks import (
     word_problems,
 )
 from loraforge.training.sequence.spec import SequenceSpec
-from loraforge.training.sequence.yaml_file import read_value
 
 
 def with_settings(spec: SequenceSpec, settings: Iterable[str] | Mapping[str, Any]) -> SequenceSpec:

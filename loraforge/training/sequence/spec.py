@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
+from loraforge.storage.yaml_file import read_yaml
 from loraforge.tasks.spec import TaskSpec, parse_task
 from loraforge.training.ilora.config import ILoraConfig
 from loraforge.training.options import LoraOptions
@@ -22,7 +23,6 @@ from loraforge.training.sequence.checks import (
     section_problems,
     word_problems,
 )
-from loraforge.training.sequence.yaml_file import read_yaml
 
 # Settings that are paths.
 _PATHS = ("ema_adapter_path", "previous_task_model")

@@ -80,7 +80,7 @@ def _hand_over(work: Work, model: Any, previous: Previous) -> None:
     config = work.config
     found = sources(previous, config, config.keeps_stable)
     for folder in dict.fromkeys(found.values()):
-        check_previous(folder, model, work.base)
+        check_previous(folder, model, work.base, work.material.head_labels)
     for adapter, folder in found.items():
         load_adapter(model, folder, adapter)
 
@@ -105,6 +105,8 @@ def _start_buffer(work: Work, previous: Previous | None) -> tuple[ReplayBuffer |
         return None, {}
     if previous is not None and previous.buffer is not None:
         buffer = ReplayBuffer.load(previous.buffer, rank=rank(), world=world(), capacity=config.ilora_buffer_size)
+        # Another run's buffer may have been filled in another way.
+        buffer.policy, buffer.dedup = config.buffer_policy, config.buffer_dedup
         return buffer, _renumber(buffer, work, previous.buffer)
     if previous is not None:
         work.notify("warning: the task before left no buffer, so none of its rows are replayed")

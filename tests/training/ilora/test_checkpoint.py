@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerCallback
 
 from loraforge.errors import LoraforgeError
+from loraforge.training.checkpoints import WHOLE, whole_checkpoints
 from loraforge.training.ilora.adapters import add_stable, load_pair, save_pair
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.checkpoint import BUFFER, STATE, file_sha256, read_state
 from loraforge.training.ilora.config import ILoraConfig
-from loraforge.training.trainer import WHOLE, whole_checkpoints
 from tests.training.ilora.models import bert, class_rows, config, llama, text_rows, trainer, weights
 
 VALUES = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
@@ -36,11 +36,11 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
-def run(folder, *, settings=None, kill=None, resume=False, build=llama, rows=text_rows, **more):
+def run(folder, *, settings=None, kill=None, resume=False, build=llama, rows=text_rows, steps=6, **more):
     """A run of task 1; the buffer takes and evicts rows while it runs."""
     settings = settings or config(ilora_buffer_size=6, ema_alpha=0.1)
     tr = trainer(
-        build(dropout=0.2), rows(10, 2, task=1), folder, settings, past=rows(5, 1), train=VALUES,
+        build(dropout=0.2), rows(10, 2, task=1), folder, settings, past=rows(5, 1), train=VALUES | {"max_steps": steps},
         kind="causal" if rows is text_rows else "classification",
         callbacks=[KillAt(kill)] if kill else [], **more,
     )  # fmt: skip
@@ -66,6 +66,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(build, rows, tmp_path):
     assert whole.keys() == continued.keys() and len(whole) == 5
     for name in whole:
         assert whole[name] == continued[name], name
+
+
+def test_the_end_of_a_run_is_only_read_again(tmp_path):
+    """Killed behind its last step, which is not the last of its epoch: no step more, no row offered twice."""
+    whole = run(tmp_path / "a", steps=4)
+    assert whole.state.epoch % 1 > 0
+    wanted = files_of(whole, tmp_path / "files-a")
+    again = run(tmp_path / "a", steps=4, resume=True)
+    assert (again.state.global_step, again.state.epoch) == (4, whole.state.epoch)
+    assert files_of(again, tmp_path / "files-b") == wanted
 
 
 def test_what_a_checkpoint_holds(tmp_path):

@@ -65,7 +65,7 @@ def test_two_processes_train_as_one(out, tmp_path):
         assert (ours["buffer_fill"], ours["replay_task_hist"]) == (theirs["buffer_fill"], theirs["replay_task_hist"])
     parts = [ReplayBuffer.load(out / "whole" / "buffer.safetensors", rank=rank, world=2) for rank in range(2)]
     held = sorted(tuple(row["input_ids"].tolist()) for part in parts for row in part.rows)
-    assert held == sorted(tuple(row["input_ids"].tolist()) for row in tr.buffer.rows) and len(held) == 12
+    assert held == sorted(tuple(row["input_ids"].tolist()) for row in tr.buffer.rows) and len(held) == 16
     assert [part.capacity for part in parts] == [20, 20]
 
 

@@ -15,6 +15,7 @@ from loraforge.errors import InputProblems, LoraforgeError
 from loraforge.training.ilora.adapters import add_stable
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.config import ILoraConfig
+from loraforge.training.ilora.consistency import LabelMask
 from loraforge.training.trainer import TaskTrainer
 from tests.oracles import ilora as oracle
 from tests.training.ilora.models import (
@@ -375,6 +376,13 @@ def test_labels_of_other_tasks_get_no_gradient(tmp_path):
     mixed = one_step(tr, [past[0], current[0]])
     apart = [one_step(tr, [row]) for row in (past[0], current[0])]
     assert mixed == pytest.approx(sum(apart) / 2, rel=1e-6)
+
+
+def test_rows_of_tasks_that_are_not_listed_may_have_any_label():
+    mask = LabelMask({0: (0, 1), 2: (2, 3)}, 4)
+    logits = mask(torch.zeros(4, 4), torch.tensor([2, -1, 1, 7]))
+    assert torch.isinf(logits[0]).tolist() == [True, True, False, False]
+    assert not torch.isinf(logits[1:]).any()
 
 
 def test_the_token_rule_keeps_what_is_likelier(tmp_path):

@@ -76,7 +76,9 @@ def test_the_layout_and_what_is_in_it(whole: tuple[Path, dict[str, Any]], llama:
             weights = (folder / adapter / "adapter_model.safetensors").read_bytes()
             assert state["adapters"][adapter] == hashlib.sha256(weights).hexdigest()
         assert state["step"] == 6 and state["buffer"]["histogram"]
-    assert os.stat(run / "ilora_taskb" / "buffer.safetensors").st_mode & 0o777 == 0o600
+    # Both hold rows of the training data: the one as tokens, the other because they were given in memory.
+    for private in ("ilora_taskb/buffer.safetensors", "sequence.json"):
+        assert os.stat(run / private).st_mode & 0o777 == 0o600
     assert found["adapters"]["b"]["ema"] == str(run / "ilora_taskb" / "ema")
     assert json.loads((run / "run.json").read_text())["metrics"] == found["metrics"]
 
@@ -211,10 +213,11 @@ def test_the_next_task_starts_with_the_bytes_of_the_one_before(
     default_from: str,
     ema_from: str,
 ) -> None:
+    from loraforge.training.ilora.adapters import save_pair
     from loraforge.training.sequence import unit
 
     def spy(work: Any, index: int, model: Any, folder: Path, buffer: Any) -> None:
-        unit.save_pair(model, tmp_path / "start")
+        save_pair(model, tmp_path / "start")
         raise Stop
 
     monkeypatch.setattr(unit, "_trainer", spy)
@@ -239,6 +242,32 @@ def test_one_task_alone_takes_over_from_another_run(
     for name in ("default", "ema"):
         assert weights(out / "ilora_taskb" / name) == weights(whole[0] / "ilora_taskb" / name)
     assert found["metrics"] == {"default": None, "ema": None}
+
+
+@undrawn
+def test_a_sequence_of_one_task_replays_the_rows_of_a_task_that_it_does_not_list(
+    whole: tuple[Path, dict[str, Any]], llama: Path, tmp_path: Path
+) -> None:
+    names = {"prev_task_id": "a", "previous_task_model": str(whole[0])}
+    content = short(llama, tmp_path / "run", ilora=names) | {"tasks": recall(0, tasks=2)[1:]}
+    found = train_ilora(content, device="cpu")
+    assert found["units"][0]["buffer"].keys() == {"a", "b"} and sum(found["units"][0]["buffer"].values()) == 12
+    lines = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    assert all(line["replay_task_hist"] in ({"-1": 4}, {"-1": 2}) for line in lines)
+
+
+@undrawn
+def test_a_checkpoint_can_be_named(whole: tuple[Path, dict[str, Any]], llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train = {"save_total_limit": 3}
+    with pytest.raises(Stop):
+        train_ilora(short(llama, out, train=train), device="cpu", progress=stop_at("train a", 5))
+    folder = out / "ilora_taska"
+    found = train_ilora(short(llama, out, train=train), device="cpu", resume=folder / "checkpoint-2", tasks="a")
+    assert found["units"][0]["resumed_from"] == "checkpoint-2"
+    assert weights(folder / "ema") == weights(whole[0] / "ilora_taska" / "ema")
+    with pytest.raises(LoraforgeError, match="task of this checkpoint is finished"):
+        train_ilora(short(llama, out, train=train), device="cpu", resume=folder / "checkpoint-2")
 
 
 @undrawn
@@ -313,6 +342,13 @@ def test_classes_of_all_tasks_share_a_head(bert: Path, tmp_path: Path, label_spa
     ema = load_file(out / "ilora_taskb" / "ema" / "adapter_model.safetensors")
     (head,) = (value for key, value in ema.items() if key.endswith("classifier.weight"))
     assert len(head) == len(wanted)
+    if label_space == "per-task":
+        # A head of as many rows, which mean something else.
+        other = [{**task, "id": name} for task, name in zip(tasks, "cd", strict=True)]
+        names = {"prev_task_id": "b", "previous_task_model": str(out)}
+        more = content | {"tasks": other, "ilora": {**content["ilora"], **names}, "output_dir": str(tmp_path / "more")}
+        with pytest.raises(LoraforgeError, match="head of the task before has other classes"):
+            train_ilora(more, device="cpu")
 
 
 def test_a_plan_writes_nothing(llama: Path, tmp_path: Path) -> None:
@@ -338,8 +374,22 @@ def test_contradictions_with_what_was_begun(llama: Path, tmp_path: Path) -> None
     assert "ilora.ema_alpha was 0.1, now 0.5" in str(caught.value)
     with pytest.raises(LoraforgeError, match="holds a run already"):
         train_ilora(short(llama, out, train=train), device="cpu", resume="never")
+    replaced = train_ilora(
+        short(llama, out, train=train), device="cpu", set=["ema_alpha=0.5"], overwrite=True, tasks="a"
+    )
+    assert replaced["finished"] == ["a"]
     with pytest.raises(LoraforgeError, match="nothing to go on from"):
         train_ilora(short(llama, out, train=train), device="cpu", resume=str(tmp_path))
+
+
+def test_training_arguments_that_a_sequence_cannot_follow(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraforgeError, match="no rows to evaluate on"):
+        train_ilora(short(llama, tmp_path / "run", train={"eval_strategy": "epoch"}), device="cpu")
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    content = short(llama, tmp_path / "other", train=best)
+    content["tasks"] = [task | {"eval": task["test"]} for task in content["tasks"]]
+    with pytest.raises(LoraforgeError, match="ends each task with its last step"):
+        train_ilora(content, device="cpu")
 
 
 @undrawn

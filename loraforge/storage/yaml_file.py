@@ -40,8 +40,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "file") -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        path: The file.
+        what: What it is, for messages: "task file".
 
     Raises:
         LoraforgeError: Not there, no UTF-8, no YAML, a key twice, or no mapping.
@@ -49,17 +53,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise LoraforgeError("the sequence file cannot be read", where=path, got=error.strerror) from error
+        raise LoraforgeError(f"the {what} cannot be read", where=path, got=error.strerror) from error
     except UnicodeDecodeError as error:
-        raise LoraforgeError("the sequence file is not UTF-8 text", where=path, got=f"byte {error.start}") from error
+        raise LoraforgeError(f"the {what} is not UTF-8 text", where=path, got=f"byte {error.start}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = path if mark is None else f"{path}, line {mark.line + 1}"
         raise LoraforgeError(
-            "the sequence file is not valid YAML", where=where, got=getattr(error, "problem", None)
+            f"the {what} is not valid YAML", where=where, got=getattr(error, "problem", None)
         ) from error
     if not isinstance(content, dict) or not content:
-        raise LoraforgeError("a sequence is a mapping of keys to values", where=path, got=type(content).__name__)
+        raise LoraforgeError(f"the {what} is no mapping of keys to values", where=path, got=type(content).__name__)
     return {str(key): value for key, value in content.items()}
 
 
