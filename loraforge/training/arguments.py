@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import types
 import typing
@@ -45,6 +46,11 @@ _OURS = {
     "ignore_data_skip": "a resumed run sees each row as often as one that was never broken",
     "save_only_model": "checkpoints serve --resume, which needs the optimiser; --snapshots keeps adapters alone",
     "restore_callback_states_from_checkpoint": "--resume restores what it needs",
+}
+# Smallest values; what is below would fail late or train something else.
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "warmup_ratio", "max_grad_norm"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
 }
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -139,8 +145,25 @@ def read_arguments(values: Mapping[str, Any], *, where: object = "train") -> dic
                     UsageError("a training argument has a value of another type", where=f"{where}: {given}",
                                got=repr(value), expected=expected)
                 )  # fmt: skip
+    problems += [problem for name, value in read.items() if (problem := _range_problem(name, value, where))]
     raise_problems(problems)
     return read
+
+
+def _range_problem(name: str, value: Any, where: object) -> LoraforgeError | None:
+    """What is wrong with a number, if anything."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    expected = None
+    if not math.isfinite(value) or value < _LEAST.get(name, -math.inf):
+        expected = f"a finite number, {_LEAST[name]:g} or more" if name in _LEAST else "a finite number"
+    elif name == "max_steps" and value < 1 and value != -1:
+        expected = "1 or more, or -1 for as many as the epochs have"
+    elif name == "num_train_epochs" and value <= 0:
+        expected = "above 0"
+    if expected is None:
+        return None
+    return UsageError("a training argument is out of range", where=f"{where}: {name}", got=value, expected=expected)
 
 
 def _installed_name(name: str, known: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def about_of(job: Job) -> dict[str, Any]:
         found |= {
             "lora": lora.record(),
             "targets": names if isinstance(names, str) else sorted(names),
-            "modules_to_save": sorted(config.modules_to_save or ()),
+            "modules_to_save": sorted(set(config.modules_to_save or ())),
             "modules": sum(hasattr(module, "lora_A") for module in job.model.modules()),
         }
     return found

@@ -43,6 +43,27 @@ def test_all_wrong_values_come_at_once() -> None:
     assert "train: per_device_train_batch_size" in text and "a whole number" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", "-1", "0 or more"),
+        ("learning_rate", "nan", "finite"),
+        ("max_steps", -5, "-1 for as many"),
+        ("max_steps", 0, "1 or more"),
+        ("num_train_epochs", 0, "above 0"),
+        ("per_device_train_batch_size", 0, "1 or more"),
+        ("gradient_accumulation_steps", -2, "1 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: object, expected: str) -> None:
+    with pytest.raises(UsageError, match=f"(?s)out of range.*train: {name}.*{expected}"):
+        read_arguments({name: value})
+
+
+def test_all_steps_of_the_epochs() -> None:
+    assert read_arguments({"max_steps": -1, "warmup_steps": 0.5})["max_steps"] == -1
+
+
 @pytest.mark.parametrize("name", ["push_to_hub", "hub_token", "report_to", "auto_find_batch_size"])
 def test_what_the_program_settles_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"'{name}' is set by the program"):

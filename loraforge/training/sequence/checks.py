@@ -100,12 +100,22 @@ def section_problems(sections: Mapping[str, Mapping[str, Any]], where: object) -
         if key not in known
     ]
     values = {key: value for key, value in sections["ilora"].items() if key in known and value is not None}
-    for read in (lambda: ILoraConfig(**values), lambda: LoraOptions.read(sections["lora"], f"{where}: lora")):
-        try:
-            read()
-        except LoraforgeError as problem:
-            problems += getattr(problem, "problems", [problem])
+    try:
+        ILoraConfig(**values)
+    except LoraforgeError as found:
+        problems += [_placed(problem, f"{where}: ilora") for problem in getattr(found, "problems", [found])]
+    try:
+        LoraOptions.read(sections["lora"], f"{where}: lora")
+    except LoraforgeError as found:
+        problems += getattr(found, "problems", [found])
     return problems
+
+
+def _placed(problem: LoraforgeError, place: str) -> LoraforgeError:
+    """A problem of a value, with the place of the value before its name."""
+    where = place if problem.where is None else f"{place}: {problem.where}"
+    hint, got, expected = problem.hint, problem.got, problem.expected
+    return type(problem)(problem.what, where=where, got=got, expected=expected, hint=hint)
 
 
 def eval_problems(section: Mapping[str, Any], where: object) -> Iterable[LoraforgeError]:
