@@ -128,6 +128,19 @@ def test_emotion_tables_are_the_stored_ones(marker: str, name: str) -> None:
     assert shown == stored
 
 
+def test_tables_of_the_six_tasks_are_the_stored_ones() -> None:
+    """Here and in the benchmark's own README, which has all of them."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "real" / "tasks.py"), "--table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    whole = (ROOT / "benchmarks" / "real" / "README.md").read_text(encoding="utf-8")
+    for part in ("six", "counts", "ablation", "sequence"):
+        marks = rf"<!-- tasks-table-{part}:begin -->\n(.*?)<!-- tasks-table-{part}:end -->"
+        stored, detailed = (re.search(marks, text, re.DOTALL).group(1).strip() for text in (printed, whole))  # type: ignore[union-attr]
+        assert detailed == stored and len(stored.splitlines()) > 5, part
+        if part in ("six", "sequence"):
+            assert between(f"tasks-table-{part}") == stored, part
+
+
 @pytest.mark.parametrize("name", ["iteris-against-loop", "merge-factored", "merge-at-size", "entrywise-at-size"])
 def test_speed_figures_are_the_stored_ones(name: str) -> None:
     """Every figure of the speed section that names a results file is in it, rounded as shown."""

@@ -223,7 +223,7 @@ def six_table(results: Row) -> list[str]:
 def count_table(results: Row) -> list[str]:
     """The leading merges over 2, 3, ... tasks; a column a number of tasks."""
     seeds = sorted(map(int, results["own_accuracy"]))
-    counts = sorted({len(row["tasks"]) for row in results["counts"]})
+    counts: list[int] = sorted({len(row["tasks"]) for row in results["counts"]})
     cells: dict[str, dict[int, Row]] = {}
     for row in [*results["counts"], *results["six"]]:
         cells.setdefault(row["name"], {})[len(row["tasks"])] = row

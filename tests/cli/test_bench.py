@@ -100,7 +100,7 @@ def test_json_out_and_plot(run: Run, measured: list[dict[str, Any]], tmp_path: P
     ("words", "code", "word"),
     [
         (["kernel"], 2, "did you mean 'kernels'"),
-        (["train"], 2, "unknown group"),
+        (["speed"], 2, "unknown group"),
         (["--fail-over", "1.2"], 2, "--compare"),
         (["--compare", "nowhere.json", "--fail-over", "0.5"], 2, "--fail-over is a factor"),
         (["--compare", "nowhere.json"], 3, "nowhere.json"),

@@ -269,7 +269,7 @@ def test_more_mistakes(bases, tmp_path):
     path = write_rows(images(tmp_path) / "rows.jsonl", [{"image": "x/9.png", "text": "cat"}])
     with pytest.raises(LoraforgeError, match="image cannot be read(.|\n)*line 1"):
         load_task(TaskSpec("t", train=path), "train", base=bases("blip"))
-    with pytest.raises(LoraforgeError, match=r"cannot be used(.|\n)*row 1, image(.|\n)*int"):
+    with pytest.raises(LoraforgeError, match=r"cannot be used(.|\n)*row 1, row 2, image(.|\n)*int"):
         load_task(TaskSpec("t", train=[{"image": 3, "label": c} for c in "ab"]), "train", base=bases("vit"))
     with pytest.raises(LoraforgeError, match="no image(.|\n)*row 1"):
         load_task(TaskSpec("t", train=CLASSES, kind="images"), "train", base=bases("vit"))

@@ -114,9 +114,9 @@ def test_contradictions_are_refused_before_anything_is_read(changes: dict[str, A
     ("text", "message"),
     [
         ("base_model: [", "not valid YAML"),
-        ("- a", "is a mapping"),
+        ("- a", "is no mapping"),
         ("base_model: a\nbase_model: b", "stands twice"),
-        ("", "is a mapping"),
+        ("", "is no mapping"),
     ],
 )
 def test_files_that_are_no_sequence(tmp_path: Path, text: str, message: str) -> None:
