@@ -36,12 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": LEAVES | {"storage", "adapters", "calibrate"},
     "evaluation": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "report"},
     "training": LEAVES | {"kernels", "linalg", "storage", "adapters", "calibrate", "tasks", "evaluation", "report"},
+    "measure": LEAVES
+    | {"kernels", "linalg", "storage", "adapters", "checkpoints", "calibrate", "tasks", "evaluation", "report"},
     "pipelines": LEAVES
-    | {"storage", "adapters", "calibrate", "input_stats", "tasks", "evaluation", "training", "merging", "report"}
-    | {"recipes", "recipe_keys"},
+    | {"storage", "adapters", "calibrate", "input_stats", "tasks", "evaluation", "training", "merging", "measure"}
+    | {"report", "recipes", "recipe_keys"},
     "report": LEAVES,
     "demo": LEAVES | {"report", "merging", "adapters", "training"},
-    "bench": LEAVES | {"kernels", "linalg", "adapters", "merging", "tasks", "training"},
+    "bench": LEAVES | {"kernels", "linalg", "adapters", "merging", "tasks", "training", "measure"},
     "cli": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loraforge.merging.account import peak_rss
+from loraforge.linalg.device import peak_rss
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -16,16 +16,20 @@ from loraforge.cli import (
     cl_eval,
     cl_report,
     collect_stats,
+    compare,
     convert,
     demo,
     doctor,
     download,
     eval,
     inspect,
+    measure,
     merge,
     methods,
+    plot,
     resize,
     run,
+    suggest,
     train_full,
     train_ilora,
     train_lora,
@@ -59,6 +63,10 @@ app.command("train-ilora")(train_ilora.train_ilora)
 app.command("cl-eval")(cl_eval.cl_eval)
 app.command("cl-report")(cl_report.cl_report)
 app.command("eval")(eval.eval)
+app.add_typer(measure.group, name="measure")
+app.command("compare")(compare.compare)
+app.command("plot")(plot.plot)
+app.add_typer(suggest.group, name="suggest")
 app.command("run")(run.run)
 app.command("download")(download.download)
 app.command("bench")(bench.bench)

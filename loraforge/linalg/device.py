@@ -1,10 +1,12 @@
-"""Where to compute, and what to say where its memory is full."""
+"""Where to compute, how much memory that took, and what to say where it is full."""
 
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -38,6 +40,19 @@ def choose_device(name: str) -> torch.device:
 def peak_bytes(device: torch.device) -> int | None:
     """Most bytes that tensors of this process held on a GPU at a time; None for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process in bytes.
+
+    The kernel's own high-water mark where there is one: ru_maxrss of a child starts at what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager

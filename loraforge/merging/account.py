@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import resource
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import loraforge
 from loraforge.kernels.backend import kernel_report
-from loraforge.linalg.device import peak_bytes
+from loraforge.linalg.device import peak_bytes, peak_rss
 from loraforge.merging.job import Job
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process in bytes.
-
-    The kernel's own high-water mark where there is one: ru_maxrss of a child starts at what its parent had.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None, seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all.
+"""Folders and files that appear whole or not at all.
 
 A new folder is filled beside its place under a temporary name, `.NAME.part`, flushed to disk and renamed. A replaced
 folder stays untouched until the new one is whole; where the system can exchange two names in one step, there is no
@@ -131,6 +131,32 @@ def flush_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Writes a file that is the old one or the new one, whenever the process or the machine ends.
+
+    Args:
+        path: The file; its folder is made as needed.
+        content: Text (written as UTF-8) or bytes.
+        private: Readable by its owner alone, from its first byte on.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    draft.unlink(missing_ok=True)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(draft, flags, 0o600 if private else 0o666), "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    flush_file(path.parent)
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:

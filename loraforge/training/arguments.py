@@ -112,10 +112,14 @@ def training_arguments(
         ours.setdefault("ddp_backend", "gloo")
     known = _types()
     try:
-        return TrainingArguments(**{key: value for key, value in ours.items() if key in known})
+        made = TrainingArguments(**{key: value for key, value in ours.items() if key in known})
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise LoraforgeError("the training arguments cannot be used", where=where, got=reason) from error
+    if made.world_size == 1:
+        # One process, one GPU: several visible ones would be taken together, with another batch size.
+        made._n_gpu = min(1, made.n_gpu)
+    return made
 
 
 def read_arguments(values: Mapping[str, Any], *, where: object = "train") -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Checkpoints of a run: which are whole, which stay, and what a disk that refuses one means."""
+"""Checkpoints of a run: which are whole, which stay, and what a disk that refuses means."""
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,24 +18,32 @@ from loraforge.storage.atomic import flush_file
 
 # In a checkpoint folder once everything else is there.
 WHOLE = "whole"
-# What torch names in the error of a write that was refused.
-_WRITERS = ("PytorchStreamWriter", "inline_container", "iostream")
+# What torch says in the RuntimeError of a write that was refused.
+_SIGNS = ("PytorchStreamWriter", "inline_container", "iostream", os.strerror(errno.ENOSPC))
 
 
 @contextmanager
-def named_when_refused(checkpoint: Path) -> Iterator[None]:
-    """Turns a full disk into an error that says what to do; safetensors and torch report it in words of their own."""
+def named_when_refused(where: Path, what: str) -> Iterator[None]:
+    """Turns a full disk into an error that says what to do; safetensors and torch report it in words of their own.
+
+    Args:
+        where: File or folder that is written.
+        what: What it is: "the checkpoint".
+
+    Raises:
+        LoraforgeError: The disk refused.
+    """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         told = str(error).split("\n")[0]
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _WRITERS):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _SIGNS):
             raise
         raise LoraforgeError(
-            "the checkpoint could not be written",
-            where=checkpoint,
+            f"{what} could not be written",
+            where=where,
             got=told,
-            hint="free space; the same command with --resume goes on from the last whole checkpoint",
+            hint="free space; the same command (of one task: with --resume) goes on from the last whole checkpoint",
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loraforge.errors import LoraforgeError
-from loraforge.storage.atomic import flush_file
+from loraforge.storage.atomic import write_whole
 
 Progress = Callable[[str, str, int, int], None]
 # Wall-clock figures and totals that a resumed run gets wrong; run.json has the time of the whole run.
@@ -107,10 +107,7 @@ def truncate_log(path: Path, step: int, extra: Mapping[str, Any] | None = None) 
         others = any(entry.get(key) != value for key, value in (extra or {}).items())
         if others or entry["step"] <= step:
             kept.append(line)
-    draft = path.with_name(f".{path.name}.part")
-    draft.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    flush_file(draft)
-    draft.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,6 @@ def task_record(spec: TaskSpec, kind: str) -> dict[str, Any]:
         if name not in ("train", "eval", "test", "kind", "overrides") and getattr(spec, name) is not None
     }
     return {"id": spec.id, "kind": kind, **{k: v if isinstance(v, str | int) else _plain(v) for k, v in kept.items()}}
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from loraforge.errors import LoraforgeError
 from loraforge.evaluation.score import score_task
-from loraforge.linalg.device import peak_bytes
+from loraforge.linalg.device import peak_bytes, peak_rss
 from loraforge.report.training import write_training_report
 from loraforge.storage.atomic import check_target, new_folder
 from loraforge.storage.leftovers import RESUME
@@ -26,7 +26,7 @@ from loraforge.training.checkpoints import drop_torn, whole_checkpoints
 from loraforge.training.job import Job, Request, about_of, prepare
 from loraforge.training.log import JsonlLog, StepProgress, read_log, tensorboard_callback
 from loraforge.training.plan import is_sharded
-from loraforge.training.record import peak_rss, write_record
+from loraforge.training.record import write_record
 from loraforge.training.saving import check_weights, no_bars, save_adapter
 from loraforge.training.snapshots import EarlyStop, Snapshots, kept_snapshots
 from loraforge.training.trainer import TaskTrainer
@@ -57,9 +57,6 @@ def run_training(request: Request) -> dict[str, Any]:
     # Every part of an adapter takes part in every step; looking for parts that do not costs a pass over the graph.
     defaults = {} if request.lora is None else {"ddp_find_unused_parameters": False}
     arguments = training_arguments(job.plan.arguments, work, device=job.device, seed=request.seed, defaults=defaults)
-    if not PartialState().num_processes > 1:
-        # One process, one GPU: several visible ones would be taken together, with another batch size.
-        arguments._n_gpu = min(1, arguments.n_gpu)
     fingerprint = json.loads(json.dumps(about | {"processes": PartialState().num_processes}, default=str))
     with _shared_folder(request, part, work, fingerprint):
         trained = _train(job, arguments, part, work)

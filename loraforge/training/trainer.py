@@ -20,10 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from loraforge.calibrate.base import prefer_kwargs
 from loraforge.errors import LoraforgeError
-from loraforge.training.checkpoints import WHOLE as WHOLE
-from loraforge.training.checkpoints import drop_torn as drop_torn
 from loraforge.training.checkpoints import ended_state, mark_whole, named_when_refused, prune_checkpoints
-from loraforge.training.checkpoints import whole_checkpoints as whole_checkpoints
 from loraforge.training.loss import summed_cross_entropy, target_count, task_logits
 from loraforge.training.saving import no_bars, save_adapter
 
@@ -198,7 +195,7 @@ class TaskTrainer(Trainer):
         self.check_finite()
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
-        with named_when_refused(checkpoint):
+        with named_when_refused(checkpoint, "the checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
             self._save_more(checkpoint)
         # Every process writes its own random state there.

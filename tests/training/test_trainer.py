@@ -13,16 +13,10 @@ from torch import Tensor, nn
 from loraforge.errors import LoraforgeError
 from loraforge.tasks import Collator, load_model, load_task, pad_token_id_of, parse_task
 from loraforge.training.arguments import training_arguments
+from loraforge.training.checkpoints import WHOLE, drop_torn, prune_checkpoints, whole_checkpoints
+from loraforge.training.loss import summed_cross_entropy, target_count
 from loraforge.training.snapshots import EarlyStop
-from loraforge.training.trainer import (
-    WHOLE,
-    TaskTrainer,
-    drop_torn,
-    prune_checkpoints,
-    summed_cross_entropy,
-    target_count,
-    whole_checkpoints,
-)
+from loraforge.training.trainer import TaskTrainer
 from tests.tasks.tiny import tiny_base, write_rows
 
 ANSWERS = [

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraforge.errors import LoraforgeError
+from loraforge.storage.atomic import write_whole
+from loraforge.storage.files import sha256_of
+from loraforge.training import ranks
 from loraforge.training.checkpoints import WHOLE
-from loraforge.training.ilora import ranks
 from loraforge.training.ilora.adapters import PLASTIC, STABLE, WEIGHTS, load_adapter, load_pair, save_stable
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.config import ILoraConfig
@@ -51,7 +52,7 @@ def save_more(trainer: ILoraTrainer, folder: Path) -> None:
     record = state_record(
         trainer.ilora, step=trainer.state.global_step, task_index=trainer.task_index, adapters=adapters
     )
-    write_json(folder / STATE, record)
+    write_whole(folder / STATE, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def load(trainer: ILoraTrainer, folder: Path) -> None:
@@ -85,7 +86,7 @@ def save_buffer(buffer: ReplayBuffer, path: Path, *, writes: bool = True) -> Non
         path: The file.
         writes: Whether this process writes.
     """
-    states = ranks.gathered(buffer.state_dict())
+    states = ranks.gather(buffer.state_dict())
     if writes:
         write_states(path, states)
 
@@ -113,7 +114,7 @@ def state_record(
         "prev_task_id": config.prev_task_id,
         "config": values,
         "config_sha256": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest(),
-        "adapters": {name: file_sha256(folder / WEIGHTS) for name, folder in adapters.items()},
+        "adapters": {name: sha256_of(folder / WEIGHTS) for name, folder in adapters.items()},
     }
 
 
@@ -132,22 +133,6 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("version") != 1:
         raise LoraforgeError(f"{STATE} is of no known version", where=path, expected="version 1")
     return record
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a file that is the old one or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_record(record: dict[str, Any], trainer: ILoraTrainer, folder: Path) -> None:
@@ -173,6 +158,6 @@ def _intact(record: dict[str, Any], adapter: str, folder: Path) -> Path:
     path = folder / WEIGHTS
     if not path.is_file():
         raise LoraforgeError(f"the checkpoint lacks the adapter {adapter}", where=path)
-    if file_sha256(path) != record["adapters"].get(adapter):
+    if sha256_of(path) != record["adapters"].get(adapter):
         raise LoraforgeError(f"the adapter {adapter} of the checkpoint was changed or damaged", where=path)
     return folder

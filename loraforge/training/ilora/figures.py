@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraforge.training.ilora import ranks
+from loraforge.training import ranks
 
 _MEANS = ("ce_current", "ce_replay", "l_cons", "kept_fraction")
 
@@ -46,7 +46,7 @@ class Figures:
             `ce_current`; `l_cons`, 0 where nothing was replayed; `ce_replay` and `kept_fraction` if something was;
             `buffer_fill`, and `replay_task_hist`: rows replayed of each task, by its number as text.
         """
-        parts = ranks.gathered((self._sums.tolist(), fill, dict(self._replayed)))
+        parts = ranks.gather((self._sums.tolist(), fill, dict(self._replayed)))
         self._sums.zero_()
         self._replayed.clear()
         logs: dict[str, Any] = {}

@@ -6,7 +6,6 @@ They hold training rows as they are, so they are made readable by their owner al
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from loraforge.errors import LoraforgeError
+from loraforge.storage.atomic import write_whole
 
 _HEADER = "replay_buffer"
 _NUMBERS = ("capacity", "seed", "policy", "dedup", "rank", "world", "seen")
@@ -44,7 +44,7 @@ def write_states(path: Path, states: Sequence[dict[str, Any]]) -> None:
         tensors[f"{at}/generator"] = torch.tensor(state["generator"], dtype=torch.int64)
         tensors |= {f"{at}/{name}": tensor for name, tensor in _pack(state["rows"]).items()}
     header = json.dumps({"version": _VERSION, "shards": heads}, sort_keys=True)
-    _write_private(path, save(tensors, metadata={_HEADER: header}))
+    write_whole(path, save(tensors, metadata={_HEADER: header}), private=True)
 
 
 def read_states(path: Path) -> list[dict[str, Any]]:
@@ -112,17 +112,3 @@ def _unpack(tensors: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
         for at, shape, piece in zip(tensors[f"{stem}/rows"].tolist(), shapes, tensors[name].split(sizes), strict=True):
             rows[at][key] = piece.reshape(shape).clone()
     return rows
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from loraforge.training.ilora import ranks
+from loraforge.training import ranks
 from loraforge.training.ilora.ema import effective_weight
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Steps(TrainerCallback):
         # A run that goes on within an epoch begins it a second time.
         within = (self._trainer.state.epoch or 0.0) % 1.0
         if buffer.dedup and buffer.world > 1 and not within:
-            buffer.exchange(set().union(*ranks.gathered(buffer.fresh)))
+            buffer.exchange(set().union(*ranks.gather(buffer.fresh)))
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """One step of the average, if it is due and the optimiser made one: a skipped step has nothing new."""

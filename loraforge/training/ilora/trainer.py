@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from loraforge.errors import LoraforgeError, UsageError, raise_problems
-from loraforge.training.ilora import ranks
+from loraforge.training import ranks
 from loraforge.training.ilora.adapters import pair_adapters
 from loraforge.training.ilora.batches import WASTE, Batch, has_targets, joined, rows_of, wasted
 from loraforge.training.ilora.buffer import ReplayBuffer

@@ -9,10 +9,10 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError
 from loraforge.kernels.backend import kernel_report
-from loraforge.linalg.device import choose_device
+from loraforge.linalg.device import choose_device, peak_rss
 from loraforge.tasks import load_model
 from loraforge.training.ilora.adapters import load_adapter
-from loraforge.training.record import peak_rss
+from loraforge.training.ranks import from_first, is_first, wait
 from loraforge.training.sequence.depends import base_identity, check_same, depends_on
 from loraforge.training.sequence.layout import STATE, read_json, task_folder, write_json
 from loraforge.training.sequence.material import read_material
@@ -25,7 +25,6 @@ from loraforge.training.sequence.matrix import (
     single_scores,
     write_matrix,
 )
-from loraforge.training.sequence.ranks import from_first, is_first, wait
 from loraforge.training.sequence.report import write_reports
 from loraforge.training.sequence.scoring import score_adapters
 from loraforge.training.sequence.spec import SequenceSpec, parse_sequence

@@ -12,14 +12,13 @@ RUN/cl_matrix.json, cl_matrix.csv, cl_metrics.json, train_log.jsonl, report.html
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError
-from loraforge.storage.atomic import flush_file
+from loraforge.storage.atomic import write_whole
 from loraforge.training.ilora.config import ILoraConfig
 
 STATE, BUFFER, LOG = "ilora_state.json", "buffer.safetensors", "train_log.jsonl"
@@ -154,22 +153,4 @@ def write_json(path: Path, value: Mapping[str, Any], *, private: bool = False) -
     Raises:
         OSError: The disk refuses.
     """
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", private=private)
-
-
-def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Writes a text file in the same way.
-
-    Raises:
-        OSError: The disk refuses.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.touch(mode=0o600 if private else 0o666)
-        part.write_text(text, encoding="utf-8")
-        flush_file(part)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    flush_file(path.parent)
+    write_whole(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", private=private)

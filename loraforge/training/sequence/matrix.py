@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError
-from loraforge.training.sequence.layout import MATRIX, METRICS, TABLE, read_json, task_folder, write_json, write_text
+from loraforge.storage.atomic import write_whole
+from loraforge.training.sequence.layout import MATRIX, METRICS, TABLE, read_json, task_folder, write_json
 from loraforge.training.sequence.metrics import cl_metrics, row_metrics
 
 SCORES, BASE_SCORES = "scores.json", "base_scores.json"
@@ -110,7 +111,7 @@ def write_matrix(
     for adapter, rows in matrix.items():
         if adapter != "base":
             table.writerows([adapter, unit, *row] for unit, row in zip(units, rows, strict=False))
-    write_text(run / TABLE, page.getvalue())
+    write_whole(run / TABLE, page.getvalue())
     write_json(run / METRICS, metrics)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from loraforge.errors import LoraforgeError
 from loraforge.training.arguments import training_arguments
 from loraforge.training.ilora.adapters import pair_adapters
+from loraforge.training.ranks import world
 from loraforge.training.sequence.layout import SEQUENCE, STATE, read_json, task_folder
-from loraforge.training.sequence.ranks import world
 from loraforge.training.sequence.state import JOINT, PENDING
 from loraforge.training.sequence.work import Work, build_model, previous_of, unit_arguments
 

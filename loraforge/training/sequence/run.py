@@ -11,6 +11,7 @@ from typing import Any
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 from loraforge.linalg.device import choose_device
 from loraforge.training.arguments import training_arguments
+from loraforge.training.ranks import from_first, is_first, wait, world
 from loraforge.training.record import versions
 from loraforge.training.sequence.checks import METHODS
 from loraforge.training.sequence.depends import base_identity, depends_on
@@ -19,7 +20,6 @@ from loraforge.training.sequence.layout import REPORT, task_folder
 from loraforge.training.sequence.material import read_material
 from loraforge.training.sequence.matrix import early_report, read_matrix
 from loraforge.training.sequence.plan import plan
-from loraforge.training.sequence.ranks import from_first, is_first, wait, world
 from loraforge.training.sequence.settings import resolved, select_units, with_settings
 from loraforge.training.sequence.spec import SequenceSpec, load_sequence, parse_sequence
 from loraforge.training.sequence.state import DONE, TRAINED, TRAINING, RunState, begin, open_run, read_state

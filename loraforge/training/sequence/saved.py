@@ -12,8 +12,8 @@ from loraforge.storage.files import sha256_of
 from loraforge.tasks.card import write_task_card
 from loraforge.training.ilora.adapters import save_pair
 from loraforge.training.ilora.trainer import ILoraTrainer
+from loraforge.training.ranks import gather, is_first, wait
 from loraforge.training.sequence.layout import BUFFER, STATE, WEIGHTS, Previous, write_json
-from loraforge.training.sequence.ranks import gather, is_first, wait
 from loraforge.training.sequence.spec import SequenceSpec
 from loraforge.training.sequence.state import JOINT
 from loraforge.training.sequence.work import Work

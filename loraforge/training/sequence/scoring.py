@@ -11,7 +11,7 @@ from torch import nn
 from loraforge.evaluation.score import TaskScore, score_task
 from loraforge.tasks import TaskData
 from loraforge.training.ilora.adapters import active
-from loraforge.training.sequence.ranks import gather, rank, world
+from loraforge.training.ranks import gather, rank, world
 
 Progress = Callable[[str, str, int, int], None]
 # Resamplings of the intervals beside a score that is no share of rows.

@@ -12,9 +12,9 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError
 from loraforge.storage.leftovers import hold
+from loraforge.training.ranks import is_first
 from loraforge.training.sequence.depends import check_same, digest_of
 from loraforge.training.sequence.layout import SEQUENCE, STATE, read_json, task_folder, write_json
-from loraforge.training.sequence.ranks import is_first
 
 FORMAT = 1
 # A task is waiting, being trained, trained but not scored yet, or done.

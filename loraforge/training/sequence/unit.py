@@ -12,20 +12,19 @@ from torch import nn
 
 from loraforge.errors import LoraforgeError
 from loraforge.training.arguments import training_arguments
+from loraforge.training.checkpoints import drop_torn, named_when_refused, whole_checkpoints
 from loraforge.training.ilora.adapters import load_adapter
 from loraforge.training.ilora.buffer import ReplayBuffer
 from loraforge.training.ilora.trainer import ILoraTrainer
 from loraforge.training.log import JsonlLog, StepProgress
+from loraforge.training.ranks import is_first, rank, wait, world
 from loraforge.training.saving import check_weights
-from loraforge.training.sequence.disk import refusals
 from loraforge.training.sequence.handover import check_previous, sources
 from loraforge.training.sequence.layout import LOG, STATE, Previous, read_json, task_folder
 from loraforge.training.sequence.matrix import SCORES
-from loraforge.training.sequence.ranks import is_first, rank, wait, world
 from loraforge.training.sequence.saved import save_unit
 from loraforge.training.sequence.state import JOINT
 from loraforge.training.sequence.work import Work, build_model, previous_of, unit_arguments
-from loraforge.training.trainer import drop_torn, whole_checkpoints
 
 # A broken task goes on from its last checkpoint; twenty a task cost little and lose little.
 _SAVED = {"save_strategy": "steps", "save_steps": 0.05}
@@ -67,7 +66,7 @@ def train_unit(work: Work, index: int, checkpoint: Path | None = None) -> tuple[
         _hand_over(work, model, previous)
     buffer, foreign = _start_buffer(work, previous)
     trainer = _trainer(work, index, model, folder, buffer)
-    with refusals(folder):
+    with named_when_refused(folder, "the run"):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         adapted = trainer.accelerator.unwrap_model(trainer.model)
         check_weights(adapted)
@@ -143,9 +142,6 @@ def _trainer(work: Work, index: int, model: Any, folder: Path, buffer: ReplayBuf
     args = training_arguments(
         values, folder, device=work.device, seed=spec.seed + index, defaults=_SAVED, where=f"train, task '{unit}'"
     )
-    if world() == 1:
-        # One process, one GPU: several visible ones would be taken together, with another batch size.
-        args._n_gpu = min(1, args.n_gpu)
     if args.do_eval and held_out is None:
         what, hint = "there are no rows to evaluate on while training", "name them as eval, or leave eval_strategy out"
         raise LoraforgeError(what, where=f"train, task '{unit}': eval_strategy", got=str(args.eval_strategy), hint=hint)

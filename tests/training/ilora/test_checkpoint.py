@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from transformers.trainer_callback import TrainerCallback
 
 from loraforge.errors import LoraforgeError
+from loraforge.storage.files import sha256_of
 from loraforge.training.checkpoints import WHOLE, whole_checkpoints
 from loraforge.training.ilora.adapters import add_stable, load_pair, save_pair
 from loraforge.training.ilora.buffer import ReplayBuffer
-from loraforge.training.ilora.checkpoint import BUFFER, STATE, file_sha256, read_state
+from loraforge.training.ilora.checkpoint import BUFFER, STATE, read_state
 from loraforge.training.ilora.config import ILoraConfig
 from tests.training.ilora.models import bert, class_rows, config, llama, text_rows, trainer, weights
 
@@ -89,7 +90,7 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert (record["step"], record["ema_step"], record["task_index"], record["role"]) == (6, 6, 1, "checkpoint")
     assert record["config"] == tr.ilora.as_dict()
     for name, path in (("default", folder), ("ema", folder / "ema")):
-        assert record["adapters"][name] == file_sha256(path / "adapter_model.safetensors")
+        assert record["adapters"][name] == sha256_of(path / "adapter_model.safetensors")
     plastic, stable = (load_file(path / "adapter_model.safetensors") for path in (folder, folder / "ema"))
     now = {adapter: list(weights(tr.model, adapter).values()) for adapter in ("default", "ema")}
     for saved, name in ((plastic, "default"), (stable, "ema")):

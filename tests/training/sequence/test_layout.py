@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from loraforge.errors import LoraforgeError
 from loraforge.training.ilora.config import ILoraConfig
-from loraforge.training.sequence import layout
 from loraforge.training.sequence.layout import find_previous, read_json, task_folder, write_json
 
 
@@ -79,11 +79,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "sequence.json"
     write_json(path, {"a": 1})
 
-    def full(_: Path) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "flush_file", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             write_json(path, {"a": 2})
     assert read_json(path) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["sequence.json"]

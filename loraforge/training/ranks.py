@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
@@ -38,6 +39,15 @@ def gather(value: _T) -> list[_T]:
     found: list[Any] = [None] * world()
     dist.all_gather_object(found, value)
     return found
+
+
+def least(value: int, device: torch.device) -> int:
+    """The least of all processes' values."""
+    if not _grouped():
+        return int(value)
+    shared = torch.tensor(int(value), device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MIN)
+    return int(shared)
 
 
 def from_first(value: _T) -> _T:
