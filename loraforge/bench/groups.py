@@ -15,6 +15,7 @@ GROUPS = {
     "merge": ("loraforge.bench.merge", "merge methods beside PEFT, dense PyTorch and the document's rSVD"),
     "iteris": ("loraforge.bench.iteris", "sweep and iteration beside the document's loop: time, memory, objective"),
     "train": ("loraforge.bench.training", "I-LORA: moving average, adapter switch, replay buffer, step beside replay"),
+    "heads": ("loraforge.bench.heads", "exact ablation from saved layers, gradients, updates from factors"),
     "scale": ("loraforge.bench.scale", "time and memory against adapters, rank, width, depth and tokens"),
 }
 

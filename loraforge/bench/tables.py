@@ -37,7 +37,8 @@ class Page:
 def pages(result: Row) -> list[Page]:
     """The tables of every group that was measured."""
     makers: dict[str, Callable[[Row, list[Row]], list[Page]]] = {
-        "kernels": _kernels, "merge": _merge, "iteris": _iteris, "train": _train, "scale": _scale,
+        "kernels": _kernels, "merge": _merge, "iteris": _iteris, "train": _train, "heads": _heads,
+        "scale": _scale,
     }  # fmt: skip
     found = []
     for group in result["groups"]:
@@ -190,6 +191,18 @@ def _train(result: Row, rows: list[Row]) -> list[Page]:
         headers = ["replay ms", "ilora ms", "ilora / replay", "switch % of a step"]
         found.append(Page(f"I-LORA: {ilora['case']}", headers, cells))
     return found
+
+
+def _heads(result: Row, rows: list[Row]) -> list[Page]:
+    """A line a form; the first form of a case is what the others are compared with."""
+    cells: list[list[object]] = [
+        [row["case"], row["form"], _ms(row), row["speedup"], row["peer"], row["error"]] for row in rows
+    ]
+    headers = ["what and size", "form", "ms", "x peer", "peer", "error"]
+    title = (
+        "Measuring heads: reference is whole passes (update: merging and subtracting); above x 1 faster than the peer"
+    )
+    return [Page(title, headers, cells, ("error",))]
 
 
 def _scale(result: Row, rows: list[Row]) -> list[Page]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Groups = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="GROUP", help="kernels, merge, iteris, train, scale; all of them by default.", show_default=False
+        metavar="GROUP", help="kernels, merge, iteris, train, heads, scale; all of them by default.", show_default=False
     ),
 ]
 Full = Annotated[bool, typer.Option("--full", help="Larger sizes, many minutes.")]

@@ -1,4 +1,4 @@
-"""`loraforge run`: a preset or recipe from its data to the table of base, own adapters and merges."""
+"""`loraforge run`: a preset or recipe from its data to the table of base, adapters and merges, or of a comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Base = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", show_default=False,
-                 help="Over the recipe (repeat): rows=N, train.NAME, lora.NAME, params.NAME, tasks.ID.KEY ..."),
+                 help="Over the recipe (repeat): rows=N, train.NAME, lora.NAME, measure.NAME, tasks.ID.KEY ..."),
 ]  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def run(
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Download, train, merge and evaluate, as stages that are resumed."""
+    """Download, train, merge and evaluate (or measure heads and compare), as stages that are resumed."""
     values = recipe_settings(settings, base=base, device=device, seed=seed)
     given = dict(assigned(adapters or (), "--adapter", "TASK=DIR"))
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
@@ -119,6 +119,9 @@ def _print(voice: Output, found: dict[str, Any]) -> None:
     if found.get("dry_run"):
         _print_plan(voice, found)
         return
+    if "comparison" in found:
+        _print_comparison(voice, found)
+        return
     if "rows" not in found:
         voice.table(["stage", "state", "seconds"], _stage_rows(found))
         return
@@ -126,11 +129,40 @@ def _print(voice: Output, found: dict[str, Any]) -> None:
     shown = [row for kind in ("base", "own", "merge") for row in found["rows"] if row["kind"] == kind]
     rows = [[row["name"], *map(_score, [*row["scores"], row["mean"], row["normalised"]]), _size(row)] for row in shown]
     voice.table(headers, rows)
+    _print_end(voice, found)
+
+
+def _print_comparison(voice: Output, found: dict[str, Any]) -> None:
+    """Statistics of the heads by task and method, means over seeds, beside what chance gives."""
+    from loraforge.pipelines.heads_results import SHOWN
+
+    for warning in found["warnings"]:
+        voice.note(f"note: {warning}")
+    rows = found["comparison"]
+    metric = next((row["metric"] for row in rows if row["metric"]), "score")
+    cells = [
+        [row["task"], row["method"], _spread({"mean": row["score"], "sd": row["score_sd"]}),
+         *(_spread(row["statistics"][key]) for key in SHOWN.values())]
+        for row in rows
+    ]  # fmt: skip
+    voice.table(["task", "method", metric, *SHOWN], cells)
+    null = rows[0]["null"]
+    if null.get("rho95") is not None:
+        cases = null["cases_expected"]["important_but_static"]["expected"]
+        chance = f"by chance: rho within ±{null['rho95']:.2f}, overlap {null['overlap_expected']:.2f}"
+        voice.line(f"{chance}, {cases:.1f} heads of each kind")
+    seeds = ", ".join(map(str, found["seeds"]))
+    voice.line(f"means over the seeds {seeds} ± standard deviation" if len(found["seeds"]) > 1 else f"seed {seeds}")
+    _print_end(voice, found)
+
+
+def _print_end(voice: Output, found: dict[str, Any]) -> None:
+    """With -v the stages; how long it took and where everything is."""
     if voice.verbose:
         voice.table(["stage", "state", "seconds"], _stage_rows(found))
     voice.line(f"done in {found['seconds']:.0f} s")
     for label, path in found["paths"].items():
-        voice.line(f"  {label:<10}{path}")
+        voice.line(f"  {label:<{max(10, *(len(name) + 2 for name in found['paths']))}}{path}")
 
 
 def _print_plan(voice: Output, found: dict[str, Any]) -> None:
@@ -155,6 +187,10 @@ def _seconds(value: float | None) -> float | None:
 
 def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _spread(value: dict[str, float | None]) -> str:
+    return _score(value["mean"]) + ("" if value["sd"] is None else f" ±{value['sd']:.3f}")
 
 
 def _size(row: dict[str, Any]) -> str:

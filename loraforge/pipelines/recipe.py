@@ -10,12 +10,13 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 from loraforge.merging.methods import MethodRow, find_method
+from loraforge.pipelines.heads_recipe import COMPARE, Comparison, read_comparison
 from loraforge.pipelines.settings import SECTIONS, apply_settings, as_typed
 from loraforge.recipes import load_recipe, merge_arguments, preset_names, read_entry
 from loraforge.tasks.spec import TaskSpec, parse_task
 
-TRAINS = ("lora", "full")
-KEYS = ("how", *SECTIONS, "tasks", "merges", "sources")
+TRAINS = ("lora", "full", COMPARE)
+KEYS = ("how", *SECTIONS, "seeds", "tasks", "merges", "sources")
 EVALUATION = ("metrics", "choice_mode", "split", "limit", "max_new_tokens", "batch_tokens", "dtype")
 # Of a recipe's own merge, what its pipeline brings itself.
 _OWN = ("adapters", "base", "calibration", "stats", "device")
@@ -47,7 +48,7 @@ class Pipeline:
         base: Folder or id of the base.
         seed: Of training and merging.
         device: auto, cpu or cuda[:i].
-        how: "lora": an adapter a task; "full": all weights.
+        how: "lora": an adapter a task; "full": all weights; "compare": both, whose heads are measured and compared.
         tasks: The tasks; their relative paths are joined with the data folder.
         lora: LoRA options.
         train: Training arguments.
@@ -57,6 +58,7 @@ class Pipeline:
         sources: Name or beginning of a source to what is known of it: {from, size, licence, note}.
         data: Folder that relative paths are counted from.
         words: What names it on the command line, behind `loraforge run`.
+        comparison: Of "compare": seeds, both trainings, measurement.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Pipeline:
     sources: Mapping[str, Mapping[str, Any]]
     data: Path
     words: str
+    comparison: Comparison | None = None
 
 
 def pipeline_presets() -> list[str]:
@@ -130,10 +133,11 @@ def _parse(recipe: Mapping[str, Any], data: Path, where: str, words: str) -> Pip
     how = section.get("how", "lora")
     if how not in TRAINS:
         problems.append(
-            UsageError("unknown kind of training", where=f"{where}: how", got=how, expected=" or ".join(TRAINS))
+            UsageError("unknown kind of training", where=f"{where}: how", got=how, expected=", ".join(TRAINS))
         )
     if not recipe.get("base"):
         problems.append(LoraforgeError("the pipeline has no base model", where=where, hint="--base MODEL"))
+    comparison = read_comparison(recipe, section, where, problems)
     tasks = _tasks(section.get("tasks"), recipe.get("tasks"), data, where, problems)
     merges = _merges(recipe, section.get("merges") or [], len(tasks), where, problems)
     shared = {task.id for task in tasks} & {merge.name for merge in merges}
@@ -153,6 +157,7 @@ def _parse(recipe: Mapping[str, Any], data: Path, where: str, words: str) -> Pip
         calibration={task.id: _calibration(recipe.get("calibration"), i, task) for i, task in enumerate(tasks)},
         data=data,
         words=words,
+        comparison=comparison,
         **{name: dict(section.get(key) or {}) for name, key in
            (("lora", "lora"), ("train", "train"), ("evaluate", "eval"), ("sources", "sources"))},
     )  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraforge.pipelines.steps import Build
+from loraforge.pipelines.build import Build
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -11,12 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from loraforge import __version__
+from loraforge.pipelines.build import Build
 from loraforge.pipelines.fetching import Tell, check_present, fetch
+from loraforge.pipelines.heads import comparison_names, comparison_stages, prepare_comparison
+from loraforge.pipelines.heads_results import comparison_paths, comparison_results
 from loraforge.pipelines.recipe import Pipeline, open_pipeline
 from loraforge.pipelines.results import table_rows
 from loraforge.pipelines.sources import needs_of
-from loraforge.pipelines.stages import DONE, Progress, Status, check_run_folder, choose, run_folder, run_stages, survey
-from loraforge.pipelines.steps import Build, prepare, stages_of
+from loraforge.pipelines.stages import (
+    DONE,
+    Progress,
+    Stage,
+    Status,
+    check_run_folder,
+    choose,
+    run_folder,
+    run_stages,
+    survey,
+)  # fmt: skip
+from loraforge.pipelines.steps import prepare, stages_of
 from loraforge.report.page import whole_file
 from loraforge.report.pipeline import write_pipeline_report
 
@@ -41,6 +54,8 @@ def run_pipeline(
 ) -> dict[str, Any]:
     """Runs a pipeline: downloads, trains an adapter (or model) a task, merges, evaluates and reports.
 
+    One of `how: compare` trains both ways instead, measures what happened to each head, and compares.
+
     Every stage is recorded below `out`. The same call goes on where an earlier one ended or was killed; what was done
     with other inputs is not replaced without `overwrite`.
 
@@ -60,7 +75,7 @@ def run_pipeline(
 
     Returns:
         {name, out, stages: [{name, state, seconds}], missing} and, unless the evaluation was left out, {tasks, rows,
-        seconds, paths, ...} as in results.json.
+        seconds, paths, ...} as in results.json; of a comparison {comparison, seeds, seconds, paths, ...}.
 
     Raises:
         UsageError: Unknown preset, key, stage or task.
@@ -79,8 +94,7 @@ def run_pipeline(
     if only == DOWNLOAD:
         return {"name": pipeline.name, "out": str(folder), "stages": [], "missing": []}
     with run_folder(folder):
-        build = prepare(pipeline, folder, adapters)
-        stages = stages_of(build)
+        build, stages = _stages(pipeline, folder, adapters)
         todo = choose(survey(stages, folder), start=_behind(start), only=only, overwrite=overwrite)
         run_stages(todo, folder, progress)
         after = survey(stages, folder)
@@ -89,11 +103,21 @@ def run_pipeline(
             return found
         found |= _results(build, after)
         found |= {"command": f"loraforge run {pipeline.words}", "seconds": time.perf_counter() - began}
-        found |= {"paths": _paths(build)}
+        found |= {"paths": _paths(build) if pipeline.comparison is None else comparison_paths(build)}
         with whole_file(folder / RESULTS) as draft:
             draft.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        write_pipeline_report(folder / REPORT, found)
+        if pipeline.comparison is None:
+            write_pipeline_report(folder / REPORT, found)
     return found
+
+
+def _stages(pipeline: Pipeline, folder: Path, adapters: Mapping[str, str | Path] | None) -> tuple[Build, list[Stage]]:
+    """What the stages read, and the stages, of either kind of pipeline."""
+    if pipeline.comparison is not None:
+        build = prepare_comparison(pipeline, folder, adapters)
+        return build, comparison_stages(build)
+    build = prepare(pipeline, folder, adapters)
+    return build, stages_of(build)
 
 
 def _plan(
@@ -114,11 +138,12 @@ def _plan(
     found = {"name": pipeline.name, "words": pipeline.words, "out": str(folder), "dry_run": True, "missing": missing}
     if missing:
         # Without the files there are no digests, so nothing can be told of earlier runs.
-        names = [*(f"train:{t.id}" for t in pipeline.tasks if t.id not in (adapters or {})),
+        names = comparison_names(pipeline) if pipeline.comparison is not None else [
+                 *(f"train:{t.id}" for t in pipeline.tasks if t.id not in (adapters or {})),
                  *(f"merge:{merge.name}" for merge in pipeline.merges), "evaluate"]  # fmt: skip
         return found | {"stages": [{"name": name, "state": "to do", "seconds": None} for name in (DOWNLOAD, *names)]}
     check_run_folder(folder)
-    statuses = survey(stages_of(prepare(pipeline, folder, adapters)), folder)
+    statuses = survey(_stages(pipeline, folder, adapters)[1], folder)
     todo = choose(statuses, start=_behind(start), only=only, overwrite=overwrite)
     chosen = {status.stage.name for status in todo}
     return found | {
@@ -150,15 +175,11 @@ def _told(statuses: Sequence[Status], ran: Sequence[Status]) -> list[dict[str, A
 
 def _results(build: Build, statuses: Sequence[Status]) -> dict[str, Any]:
     pipeline = build.pipeline
+    shared = {"description": pipeline.description, "base": pipeline.base, "versions": _versions()}
     records = {status.stage.name: status.record for status in statuses}
-    return {
-        "description": pipeline.description,
-        "base": pipeline.base,
-        "seed": pipeline.seed,
-        "inputs": build.inputs_kind,
-        **table_rows(build, records),
-        "versions": _versions(),
-    }
+    if pipeline.comparison is not None:
+        return shared | comparison_results(build, records)
+    return shared | {"seed": pipeline.seed, "inputs": build.inputs_kind, **table_rows(build, records)}
 
 
 def _paths(build: Build) -> dict[str, str]:

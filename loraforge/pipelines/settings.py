@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loraforge.errors import UsageError, did_you_mean
+from loraforge.pipelines import heads_recipe
 from loraforge.recipe_keys import OPTIONS
 from loraforge.recipes import read_entry
 from loraforge.storage.yaml_file import read_value
 from loraforge.tasks.spec import KEYS as TASK_KEYS
 
-SECTIONS = ("lora", "train", "eval")
+SECTIONS = ("lora", "train", "eval", *heads_recipe.SECTIONS)
 # Of a recipe's keys, those that are no single value.
 _STRUCTURES = ("pipeline", "params", "tasks", "adapters", "calibration")
 
@@ -32,8 +33,8 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
         if head == "rows" and not rest:
             for task in pipeline.get("tasks") or ():
                 task["rows"] = value
-        elif head == "how" and not rest:
-            pipeline["how"] = value
+        elif head in ("how", "seeds") and not rest:
+            pipeline[head] = value
         elif head in SECTIONS and rest:
             pipeline[head] = {**(pipeline.get(head) or {}), rest: value}
         elif head == "tasks" and rest:
@@ -42,8 +43,10 @@ def apply_settings(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> di
             changed["params"] = {**changed.get("params", {}), **read_entry({"params": {rest: value}}, key)["params"]}
         elif head in OPTIONS and not rest and head not in _STRUCTURES:
             changed |= read_entry({head: value}, "--set")
+            if head == "seed" and pipeline.get("seeds") and "seeds" not in settings:
+                pipeline["seeds"] = [changed["seed"]]
         else:
-            known = [*OPTIONS, "rows", "how", *(f"{s}.NAME" for s in (*SECTIONS, "params")), "tasks.ID.KEY"]
+            known = [*OPTIONS, "rows", "how", "seeds", *(f"{s}.NAME" for s in (*SECTIONS, "params")), "tasks.ID.KEY"]
             raise UsageError(f"unknown key '{key}' of a recipe", where="--set", hint=did_you_mean(key, known))
     return changed
 

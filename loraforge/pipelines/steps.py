@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
+from loraforge.pipelines.build import Build, base_inputs, named, task_inputs
 from loraforge.pipelines.recipe import Merge, Pipeline
 from loraforge.pipelines.sources import base_place, digest_of, local_task
 from loraforge.pipelines.stages import Progress, Stage
 from loraforge.report.page import whole_file
 from loraforge.tasks.spec import SPLITS, TaskSpec
-
-
-@dataclass(frozen=True)
-class Build:
-    """What the stages of one run share.
-
-    Attributes:
-        pipeline: The recipe.
-        out: Folder of the run.
-        base: Folder (or id in the cache) of the base.
-        tasks: The tasks, with local files.
-        given: Task to the folder of an adapter that is used instead of one trained here.
-        digests: Digest by source.
-    """
-
-    pipeline: Pipeline
-    out: Path
-    base: str
-    tasks: tuple[TaskSpec, ...]
-    given: Mapping[str, Path]
-    digests: Mapping[str, str | None]
-
-    @property
-    def inputs_kind(self) -> str:
-        """What is trained: adapters, or whole models."""
-        return "adapters" if self.pipeline.how == "lora" else "models"
-
-    def trained(self, task: TaskSpec) -> Path:
-        """The folder of a task's adapter (or model)."""
-        return self.given.get(task.id, self.out / self.inputs_kind / task.id)
-
-    def merged(self, merge: Merge) -> Path:
-        """The folder of a merge."""
-        return self.out / "merged" / merge.name
-
-    def statistics(self, task: TaskSpec) -> Path:
-        """The file of a task's input statistics."""
-        return self.out / "stats" / f"{task.id}.safetensors"
-
-    @property
-    def evaluation(self) -> Path:
-        """The folder of the evaluation."""
-        return self.out / "evaluation"
-
-    def digest(self, source: Any) -> str | None:
-        """Digest of a source, taken once."""
-        return self.digests.get(str(source)) or digest_of(source)
 
 
 def prepare(pipeline: Pipeline, out: Path, given: Mapping[str, str | Path] | None = None) -> Build:
@@ -79,7 +31,8 @@ def prepare(pipeline: Pipeline, out: Path, given: Mapping[str, str | Path] | Non
                              hint=did_you_mean(name, names))  # fmt: skip
         if not Path(folder).is_dir():
             raise LoraforgeError("the adapter's folder does not exist", where=folder, hint="check --adapter TASK=DIR")
-    _check_training(pipeline, [task for task in pipeline.tasks if task.id not in (given or {})])
+    if pipeline.comparison is None:
+        _check_training(pipeline, [task for task in pipeline.tasks if task.id not in (given or {})])
     base = base_place(pipeline)
     if base is None:
         raise LoraforgeError("the base is not there", where=pipeline.base, hint=f"loraforge download {pipeline.words}")
@@ -126,7 +79,11 @@ def _train(build: Build, task: TaskSpec) -> Stage:
     full = pipeline.how == "full"
     values = {**pipeline.train, **(task.overrides or {})}
     # Rows of the test are no reason to train again.
-    inputs = _base(build) | {"task": _record(build, task, ("train", "eval")), "train": values, "seed": pipeline.seed}
+    inputs = base_inputs(build) | {
+        "task": task_inputs(build, task, ("train", "eval")),
+        "train": values,
+        "seed": pipeline.seed,
+    }
     inputs |= {} if full else {"lora": pipeline.lora}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
@@ -134,7 +91,7 @@ def _train(build: Build, task: TaskSpec) -> Stage:
 
         shared: dict[str, Any] = {
             "train": values, "seed": pipeline.seed, "device": pipeline.device, "resume": resume, "overwrite": True,
-            "progress": _named(progress, f"train {task.id}"),
+            "progress": named(progress, f"train {task.id}"),
         }  # fmt: skip
         if full:
             return train_full(build.base, task, out, **shared)
@@ -147,7 +104,7 @@ def _stats(build: Build, task: TaskSpec, trains: Mapping[str, Stage]) -> Stage:
     """Input statistics of the base on a task's training data, for the modules that its adapter changes."""
     pipeline, out = build.pipeline, build.statistics(task)
     after = (f"train:{task.id}",) if task.id in trains and pipeline.how == "lora" else ()
-    inputs = _base(build) | {"data": build.digest(task.train), "fields": pipeline.calibration[task.id]}
+    inputs = base_inputs(build) | {"data": build.digest(task.train), "fields": pipeline.calibration[task.id]}
     inputs |= {"given": build.digest(build.given.get(task.id)), "seed": pipeline.seed}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
@@ -158,7 +115,7 @@ def _stats(build: Build, task: TaskSpec, trains: Mapping[str, Stage]) -> Stage:
         adapter = str(build.trained(task)) if pipeline.how == "lora" else None
         return collect_stats(
             build.base, _calibration(build, task), out, adapter=adapter, seed=pipeline.seed, device=pipeline.device,
-            resume=resume, overwrite=not resume, progress=_named(progress, f"stats {task.id}"),
+            resume=resume, overwrite=not resume, progress=named(progress, f"stats {task.id}"),
         )  # fmt: skip
 
     return Stage(f"stats:{task.id}", out, inputs, after, action)
@@ -167,7 +124,7 @@ def _stats(build: Build, task: TaskSpec, trains: Mapping[str, Stage]) -> Stage:
 def _merge(build: Build, merge: Merge, before: tuple[str, ...]) -> Stage:
     pipeline, out = build.pipeline, build.merged(merge)
     calibrated = merge.row.needs == "calibration"
-    inputs = _base(build) | {"method": merge.row.name, "arguments": dict(merge.arguments)}
+    inputs = base_inputs(build) | {"method": merge.row.name, "arguments": dict(merge.arguments)}
     inputs |= {"given": {name: build.digest(folder) for name, folder in build.given.items()}}
     if calibrated:
         inputs |= {"calibration": {t.id: [build.digest(t.train), pipeline.calibration[t.id]] for t in build.tasks}}
@@ -179,7 +136,7 @@ def _merge(build: Build, merge: Merge, before: tuple[str, ...]) -> Stage:
 
         arguments: dict[str, Any] = {**merge.arguments, "device": pipeline.device, "out": out, "overwrite": True}
         # A calibrated merge is solved in one piece.
-        arguments |= {"resume": resume and not calibrated, "progress": _named(progress, f"merge {merge.name}")}
+        arguments |= {"resume": resume and not calibrated, "progress": named(progress, f"merge {merge.name}")}
         if calibrated or pipeline.how == "full" or merge.arguments.get("output_kind") == "model":
             arguments["base"] = build.base
         if calibrated:
@@ -195,8 +152,8 @@ def _merge(build: Build, merge: Merge, before: tuple[str, ...]) -> Stage:
 
 def _evaluate(build: Build, before: tuple[str, ...]) -> Stage:
     pipeline, out = build.pipeline, build.evaluation
-    tasks = [_record(build, task, SPLITS) for task in build.tasks]
-    inputs = _base(build) | {"tasks": tasks, "eval": pipeline.evaluate, "seed": pipeline.seed}
+    tasks = [task_inputs(build, task, SPLITS) for task in build.tasks]
+    inputs = base_inputs(build) | {"tasks": tasks, "eval": pipeline.evaluate, "seed": pipeline.seed}
     inputs |= {"given": {name: build.digest(folder) for name, folder in build.given.items()}}
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
@@ -208,23 +165,12 @@ def _evaluate(build: Build, before: tuple[str, ...]) -> Stage:
         own = {task.id: task.id for task in build.tasks}
         found = evaluate(
             build.base, {} if full else places, build.tasks, models=places if full else {}, own=own, out=out,
-            overwrite=True, device=pipeline.device, seed=pipeline.seed, progress=_named(progress, "evaluate"),
+            overwrite=True, device=pipeline.device, seed=pipeline.seed, progress=named(progress, "evaluate"),
             **pipeline.evaluate,
         )  # fmt: skip
         return {"seconds": found["seconds"]}
 
     return Stage("evaluate", out, inputs, before, action)
-
-
-def _base(build: Build) -> dict[str, Any]:
-    return {"base": build.digest(base_place(build.pipeline))}
-
-
-def _record(build: Build, task: TaskSpec, splits: Sequence[str]) -> dict[str, Any]:
-    """The task as a record keeps it: what decides its rows and metrics, files of these splits by what they hold."""
-    values = {key: value for key, value in dataclasses.asdict(task).items() if value is not None and key not in SPLITS}
-    values |= {split: build.digest(task.source(split)) for split in splits}
-    return _plain(values)
 
 
 def _calibration(build: Build, task: TaskSpec) -> dict[str, Any]:
@@ -240,19 +186,3 @@ def _calibration(build: Build, task: TaskSpec) -> dict[str, Any]:
         for row in read_rows(task, "train").items:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return {"source": str(path), **fields}
-
-
-def _named(progress: Progress | None, stage: str) -> Progress | None:
-    """Progress under the stage's name."""
-    if progress is None:
-        return None
-    return lambda inner, detail, done, total: progress(stage, f"{inner} {detail}".strip(), done, total)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back: texts as keys, lists for tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value

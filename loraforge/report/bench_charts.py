@@ -23,6 +23,7 @@ _TITLES = {
     "merge": "Merges: times faster than peers",
     "iteris": "Calibrated merge: times faster than the document's loop",
     "train": "Continual training: times faster than loops, lists and PEFT",
+    "heads": "Measuring heads: times faster than whole passes, and than merging",
     "scale": "Seconds against size (exponent)",
 }
 _BAR = 0.23  # inches of a case
@@ -77,7 +78,9 @@ def _speedups(result: Row, group: str) -> list[tuple[str, dict[str, float]]]:
         peers = {name: forms[name] for name in _PEERS if name in forms}
         for name in _OURS:
             if name in forms and forms[name]["seconds"] > 0.0:
-                label = case if group in ("kernels", "train") else name if group == "iteris" else forms[name]["op"]
+                label = (
+                    case if group in ("kernels", "train", "heads") else name if group == "iteris" else forms[name]["op"]
+                )
                 found.append((label, {p: row["seconds"] / forms[name]["seconds"] for p, row in peers.items()}))
     return found
 

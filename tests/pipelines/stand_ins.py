@@ -35,13 +35,13 @@ IMAGES = {
 }  # fmt: skip
 
 
-def stand_in(preset: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The data folder and the settings with which a preset runs on its stand-in."""
+def stand_in(preset: str, folder: Path, *, hidden: int = 8, layers: int = 1) -> tuple[Path, dict[str, Any]]:
+    """The data folder and the settings with which a preset runs on its stand-in; the base's size."""
     data = folder / "data"
     family, make, sizes = STAND_INS[preset]
     make(data, random.Random(0))
     base = folder / f"tiny-{family}"
-    tiny_base(base, family, vocab_words=_words(preset, data), hidden=8, layers=1)
+    tiny_base(base, family, vocab_words=_words(preset, data), hidden=hidden, layers=layers)
     short = {f"tasks.{task.id}.max_new_tokens": 3 for task in open_pipeline(preset).tasks}
     return data, SIZES | sizes | short | {"base": str(base)}
 
@@ -62,6 +62,11 @@ def _glue_t5(data: Path, draw: random.Random) -> None:
 def _glue_bart(data: Path, draw: random.Random) -> None:
     fields = {"qqp": ("question1", "question2"), "mrpc": ("sentence1", "sentence2")}
     _glue(data, draw, fields, {"qqp": "validation", "mrpc": "test"})
+
+
+def _glue_pairs(data: Path, draw: random.Random) -> None:
+    fields = {"rte": ("sentence1", "sentence2"), "mnli": ("premise", "hypothesis")}
+    _glue(data, draw, fields, {"rte": "validation", "mnli": "validation_matched"})
 
 
 def _emotion(data: Path, draw: random.Random) -> None:
@@ -114,6 +119,10 @@ STAND_INS: dict[str, tuple[str, Callable[[Path, random.Random], None], dict[str,
     "TASKS_blip_base": ("blip", _captions, {"params.samples_num": 4, "params.max_iter": 2}),
     "PIQA_SIQA_qwen3": ("qwen3", _common_sense, {}),
     "VIT_B_16_8": ("vit", _pictures, {}),
+    "FFT_VS_LORA": (
+        "deberta-v2", _glue_pairs,
+        {"seeds": [1, 2], "full.learning_rate": 1e-2, "lora_train.learning_rate": 3e-2, "measure.topk": 2},
+    ),
 }  # fmt: skip
 
 

@@ -30,6 +30,9 @@ METRICS = {
     "EMOTION_t5_large": ["exact_match"] * 4, "TASKS_blip_base": ["rougeL"] * 2, "VIT_B_16_8": ["accuracy"] * 8,
 }  # fmt: skip
 
+# The one that compares instead of merging has its own test.
+MERGING = [name for name in STAND_INS if name in MODELS]
+
 
 def deltas(folder: Path) -> dict[str, torch.Tensor]:
     """Module -> scale * B A in float64, from the files alone."""
@@ -53,7 +56,7 @@ def test_every_preset_with_a_pipeline_has_a_stand_in() -> None:
     assert sorted(STAND_INS) == pipeline_presets()
 
 
-@pytest.mark.parametrize("preset", STAND_INS)
+@pytest.mark.parametrize("preset", MERGING)
 def test_preset_runs_from_data_to_report(preset: str, tmp_path: Path) -> None:
     data, settings = stand_in(preset, tmp_path)
     out = tmp_path / "run"

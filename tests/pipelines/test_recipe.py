@@ -59,7 +59,7 @@ def test_presets_count_paths_from_the_data_folder() -> None:
     pipeline = open_pipeline("EMOTION_t5_large", data="there")
     assert pipeline.tasks[0].train == "there/data/Emotion_v2.5/emoint/train.json"
     assert open_pipeline("EMOTION_t5_large").tasks[0].test == "data/Emotion_v2.5/emoint/test.json"
-    assert "document" not in pipeline_presets() and len(pipeline_presets()) == 6
+    assert "document" not in pipeline_presets() and len(pipeline_presets()) == 7
 
 
 def test_settings_reach_every_part(tmp_path: Path) -> None:

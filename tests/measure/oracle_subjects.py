@@ -1,0 +1,43 @@
+"""Tiny models ready to be measured in float64, for comparisons with the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraforge.measure.subject import Subject, open_subject
+from loraforge.tasks import TaskSpec
+from tests.tasks.tiny import WORDS, tiny_base, write_rows
+
+LABELS = ("no", "yes")
+# float64 on both sides; losses of order 1 through some thousand operations.
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+# Central differences with 1e-5: 1e-10 of truncation and 1e-11 of rounding, times third derivatives of order 10.
+SLOPE = {"rtol": 0.0, "atol": 2e-8}
+
+
+def rows(n: int = 7, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of 3 to 7 words with a class and an answer."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n):
+        words = [str(word) for word in rng.choice(WORDS, rng.integers(3, 8))]
+        answer = " ".join(str(word) for word in rng.choice(WORDS, rng.integers(1, 4)))
+        found.append({"text": " ".join(words), "label": str(rng.choice(LABELS)), "target": answer})
+    found[0]["label"], found[1]["label"] = LABELS
+    return found
+
+
+def make_task(folder: Path, kind: str) -> TaskSpec:
+    path = write_rows(folder / "rows.jsonl", rows())
+    if kind == "classification":
+        return TaskSpec(id="t", train=path, test=path, kind=kind, text="text", label="label", labels=LABELS)
+    return TaskSpec(id="t", train=path, test=path, kind=kind, text="text", target="target")
+
+
+def open_tiny(folder: Path, family: str, kind: str, **options: Any) -> Subject:
+    """A tiny base in float64; its spread of weights is large, so that heads matter."""
+    tiny_base(folder / "base", family)
+    return open_subject(folder / "base", task=make_task(folder, kind), dtype="float64", device="cpu", **options)
