@@ -1,8 +1,8 @@
 """Measuring heads: exact ablation with and without what the layers below gave, gradients, and updates from factors.
 
 Exact ablation of every head of a random BERT: whole forward passes ("reference"), passes that begin at the ablated
-layer ("loraforge"), and the same with several heads a pass ("shared"). All of them beside one backward pass for all
-heads. The update of an attention's heads from the adapter's factors beside merging and subtracting ("reference").
+layer ("loraforge"), and the same with several heads a pass ("shared"), which is how it is done; that beside one
+backward pass for all heads ("taylor"). The update of an attention's heads from the adapter's factors beside merging and subtracting ("reference").
 
 What is compared: differences of losses with those of whole passes, to the bit ("shared": to rounding); the order of
 gradients with that of exact ablation; norms with those of the float64 product.
@@ -29,7 +29,7 @@ BUDGET = {"default": 6.0, "full": 30.0, "tiny": 0.0}
 # layers, width, heads a layer, rows, tokens a row: a pass of many tokens, and one of few
 _MODELS = {
     "tiny": ({"layers": 2, "width": 16, "heads": 2, "rows": 3, "tokens": 5},),
-    "default": ({"layers": 12, "width": 96, "heads": 12, "rows": 4, "tokens": 32},),
+    "default": ({"layers": 12, "width": 96, "heads": 8, "rows": 4, "tokens": 32},),
     "full": (
         {"layers": 12, "width": 192, "heads": 12, "rows": 8, "tokens": 32},
         {"layers": 12, "width": 192, "heads": 12, "rows": 1, "tokens": 16},
@@ -57,7 +57,8 @@ def measure(session: Session) -> None:
     session.tell("heads", "gradients", len(models), len(models) + 2)
     measure_gradients(session, models[0])
     session.tell("heads", "update", len(models) + 1, len(models) + 2)
-    session.measure("heads", update_case(_UPDATES[session.size]), BUDGET[session.size])
+    with tempfile.TemporaryDirectory() as folder:
+        session.measure("heads", update_case(_UPDATES[session.size], Path(folder)), BUDGET[session.size])
 
 
 def ablation_case(sizes: dict[str, int]) -> Case:
@@ -153,7 +154,7 @@ def measure_gradients(session: Session, sizes: dict[str, int]) -> None:
 
     subject, objective = make_subject(sizes, session.device)
     forms = {
-        "exact": lambda: _exact(subject, objective, 1).mean(1),
+        "exact": lambda: _exact(subject, objective, None).mean(1),
         "taylor": lambda: torch.as_tensor(-gate_gradients(subject, objective).s.mean(0)),
     }
     times = interleave(forms, session.clock, runs=session.runs, budget=BUDGET[session.size])
@@ -169,25 +170,22 @@ def measure_gradients(session: Session, sizes: dict[str, int]) -> None:
         )  # fmt: skip
 
 
-def update_case(sizes: dict[str, int]) -> Case:
-    """Norms of an attention's update, head by head."""
+def update_case(sizes: dict[str, int], folder: Path) -> Case:
+    """Norms of an attention's update, head by head; the adapter is written into `folder`."""
     label = "{width} x {width}, r={rank}, {heads} heads, q k v o".format(**sizes)
-    return Case("update", label, sizes, partial(_update, sizes))
+    return Case("update", label, sizes, partial(_update, sizes, folder))
 
 
-def _update(sizes: dict[str, int], device: torch.device) -> Work:
+def _update(sizes: dict[str, int], folder: Path, _device: torch.device) -> Work:
     from loraforge.measure.update import update_from_factors
 
     width, heads, rank = sizes["width"], sizes["heads"], sizes["rank"]
     draws = Draws(torch.device("cpu"))
     factors = {part: (draws.normal(width, rank), draws.normal(rank, width) / width) for part in _PARTS}
     weight = draws.normal(width, width) / width**0.5
-    held = tempfile.TemporaryDirectory()
-    folder = Path(held.name)
     write_adapter(folder, factors, rank)
 
     def ours() -> Tensor:
-        assert held is not None  # lives as long as the form does
         lines = update_from_factors(folder, heads=heads).lines
         return torch.tensor([[line[f"U{part[0]}"] for line in lines] for part in _PARTS], dtype=torch.float64)
 

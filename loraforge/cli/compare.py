@@ -30,6 +30,7 @@ Profile = Annotated[
     Literal["default", "document", "seed"],
     typer.Option("--profile", help="document (or seed): the document's keys alone in compare_metrics.json."),
 ]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and pictures too.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of permutations and resamples.")]
 
 
@@ -44,6 +45,7 @@ def compare(
     lo: Lo = 30,
     profile: Profile = "default",
     seed: Seed = 0,
+    report: Report = True,
     overwrite: opt.Overwrite = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -73,6 +75,7 @@ def compare(
             seed=seed,
             profile=profile,
             overwrite=bool(overwrite),
+            report=report,
         )
         voice.result(found)
         for warning in found["comparison"]["warnings"]:
@@ -83,4 +86,5 @@ def compare(
         for finding in found["comparison"]["findings"]:
             voice.line(f"- {finding}")
         voice.line(f"numbers   {out}/compare_metrics.json")
-        voice.line(f"report    {out}/report.html")
+        if report:
+            voice.line(f"report    {out}/report.html")

@@ -39,7 +39,7 @@ Rank = Annotated[int | None, typer.Option("--r", min=1, help="Rank of the target
 Alpha = Annotated[
     float | None,
     typer.Option(
-        "--alpha", help="Alpha of the uniform rank; fixes the scaling.", show_default="the run's, or twice the rank"
+        "--alpha", help="Alpha at the run's rank; fixes the scaling.", show_default="the run's, or twice the rank"
     ),
 ]
 Parts = Annotated[str, typer.Option("--parts", metavar="qkvo", help="Which projections.")]

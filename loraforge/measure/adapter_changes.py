@@ -60,18 +60,15 @@ class AdapterChanges:
         if name is None:
             return None
         if projection.module in self._whole:
-            assert self.weights is not None  # __init__ refused
             new = self.adapter.load_head(f"{name}.weight")
             new = new.mT if projection.transposed else new
-            return new.to(torch.float64) - self.weights.read(projection).to(torch.float64)
+            return new.to(torch.float64) - self._base_weight(projection, tuple(new.shape))
         pair = self.adapter.load(name)
         magnitude = self.adapter.magnitude(name)
         if magnitude is None:
-            if self.weights is not None:
-                self._check_shape(projection, pair.shape)
+            self._check_shape(projection, pair.shape)
             return pair
-        assert self.weights is not None
-        base = self.weights.read(projection).to(torch.float64)
+        base = self._base_weight(projection, pair.shape)
         moved = pair.delta(torch.float64) + base
         return moved * (magnitude.to(torch.float64) / moved.norm(dim=1))[:, None] - base
 
@@ -147,13 +144,20 @@ class AdapterChanges:
                 got=self.adapter.modules[0], expected=f"names as {present[0]}", hint="check --base",
             )  # fmt: skip
 
-    def _check_shape(self, projection: Projection, shape: tuple[int, int]) -> None:
-        """Refuses factors of another size than the base's weight.
+    def _base_weight(self, projection: Projection, shape: tuple[int, ...]) -> Tensor:
+        """W0 (out, in) of a module whose update needs it, float64; __init__ refused to do without a base."""
+        assert self.weights is not None
+        self._check_shape(projection, shape)
+        return self.weights.read(projection).to(torch.float64)
+
+    def _check_shape(self, projection: Projection, shape: tuple[int, ...]) -> None:
+        """Refuses an update of another size than the base's weight, where there is a base.
 
         Raises:
             LoraforgeError: Naming the module and both.
         """
-        assert self.weights is not None
+        if self.weights is None:
+            return
         held = self.weights.checkpoint.shape(f"{self.weights.names[projection.module]}.weight")
         if shape != (held[::-1] if projection.transposed else held):
             raise LoraforgeError(

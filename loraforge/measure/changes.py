@@ -15,7 +15,7 @@ from torch import Tensor
 from loraforge.checkpoints import Checkpoint, align
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.measure.layout import HeadLayout, Projection
-from loraforge.measure.norms import BaseWeights
+from loraforge.measure.norms import BaseWeights, read_checked
 from loraforge.measure.slices import Change, tensor_norm
 
 # Relative rounding of a weight as stored: half a unit in the last place.
@@ -80,8 +80,8 @@ class DenseChanges:
     def change(self, projection: Projection) -> Change | None:
         """The difference of a projection's weights, float64."""
         name = f"{self._base.names[projection.module]}.weight"
-        new = self.final.read_finite(self.alignment.names[name]).to(torch.float64)
-        old = self.base.read_finite(name).to(torch.float64)
+        new = read_checked(self.final, self.alignment.names[name]).to(torch.float64)
+        old = read_checked(self.base, name).to(torch.float64)
         return (new - old).mT if projection.transposed else new - old
 
     def bias(self, projection: Projection) -> Tensor | None:
@@ -89,14 +89,14 @@ class DenseChanges:
         name = f"{self._base.names[projection.module]}.bias"
         if name not in self.alignment.names:
             return None
-        return self.final.read_finite(self.alignment.names[name]).to(torch.float64) - self.base.read_finite(name)
+        return read_checked(self.final, self.alignment.names[name]).to(torch.float64) - read_checked(self.base, name)
 
     def others(self, *, every: bool) -> Iterator[dict[str, Any]]:
         """Tensors that one side alone has, and with `every` all others that hold no head."""
         held = {f"{name}.weight" for name in self._base.names.values()}
         for name in self.base.names if every else ():
             if name in self.alignment.names and name not in held and self.base.is_float(name):
-                new = self.final.read_finite(self.alignment.names[name])
+                new = read_checked(self.final, self.alignment.names[name])
                 yield whole_row(name, new, self.base.read(name), "bias" if name.endswith(".bias") else "weight")
         for name in self.alignment.own:
             yield whole_row(name, self.final.read(name), None, "head")

@@ -44,31 +44,35 @@ def circuit_changes(
     """
     found: dict[str, list[float | None]] = {}
     for name, pair in CIRCUITS.items():
-        places = [attention.part(part) for part in pair]
-        if places[0] is None or places[1] is None:
+        if any(attention.part(part) is None for part in pair):
             found[name] = [None] * attention.n_q
             continue
-        values: list[float | None] = []
-        for head in range(attention.n_q):
-            sides: list[tuple[Tensor, Change | None]] = []
-            for part, place in zip(pair, places, strict=True):
-                assert place is not None  # mypy cannot see through the list
-                at = head // attention.group if part in ("k", "v") else head
-                update = changes.get(place.module)
-                weight = head_slice(weights[place.module], place, part, at)
-                assert isinstance(weight, Tensor)
-                sides.append((weight, None if update is None else head_slice(update, place, part, at)))
-            values.append(_left_right(name, sides))
-        found[name] = values
+        found[name] = [
+            _left_right(name, *(_side(attention, part, head, weights, changes) for part in pair))
+            for head in range(attention.n_q)
+        ]
     return found
 
 
-def _left_right(name: str, sides: list[tuple[Tensor, Change | None]]) -> float | None:
+def _side(
+    attention: Attention, part: str, head: int, weights: Mapping[str, Tensor], changes: Mapping[str, Change | None]
+) -> tuple[Tensor, Change | None]:
+    """A head's slice of the weight of a part, and of its update."""
+    place, span = attention.part(part), attention.span(part, head)
+    assert place is not None and span is not None  # the caller passed over those
+    update = changes.get(place.module)
+    weight = weights[place.module]
+    index = head // attention.group if part in ("k", "v") else head
+    own = weight[:, span] if part == "o" else weight[span]
+    return own, None if update is None else head_slice(update, place, part, index)
+
+
+def _left_right(name: str, left: tuple[Tensor, Change | None], right: tuple[Tensor, Change | None]) -> float | None:
     """The relative change of a circuit of one head from its two (weight, update) sides."""
-    (left, left_change), (right, right_change) = sides
+    weight, update = left
     if name == "QK":  # W_q,h has the head as rows: the left factor of the circuit is its transpose
-        left, left_change = left.mT, None if left_change is None else _transposed(left_change)
-    return relative_change(left, left_change, right, right_change)
+        weight, update = weight.mT, None if update is None else _transposed(update)
+    return relative_change(weight, update, *right)
 
 
 def relative_change(

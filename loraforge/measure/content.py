@@ -99,10 +99,9 @@ def compare_content(folder: str | Path) -> dict[str, Any]:
             shared = {key_of(row) for row in runs[name]["heads"]}
             heads = [row for row in more["heads"] if key_of(row) in shared]
             runs[name] |= {key: more[key] for key in kept} | {"heads": heads}
-    summary = place / SUMMARY
     return {
         "names": names, "folder": str(place), "comparison": comparison, "runs": runs, "missing": missing,
-        "summary": summary.read_text(encoding="utf-8") if summary.is_file() else "",
+        "summary": (place / SUMMARY).read_text(encoding="utf-8") if (place / SUMMARY).is_file() else "",
         "findings": list(comparison.get("findings") or ()), "warnings": list(comparison.get("warnings") or ()),
     }  # fmt: skip
 
@@ -118,8 +117,8 @@ def seeds_content(folder: str | Path) -> dict[str, Any]:
     empty: dict[str, Any] = {"statistics": {}, "stability": {}}
     empty |= {key: [] for key in ("runs", "differences", "cross_task", "notes")}
     content = {**empty, **read_object(place / SEEDS), "folder": str(place)}
-    tasks = [found for by_task in content["stability"].values() for found in by_task.values()]
-    counts = [int(entry.get("n") or 0) for found in tasks for entry in found.values()]
+    groups = [found for by_task in content["stability"].values() for found in by_task.values()]
+    counts = [int(entry.get("n") or 0) for found in groups for entry in found.values()]
     return content | {"rho95": rho_band(max(counts, default=0))}
 
 
@@ -172,7 +171,7 @@ def _from_table(
         for row in joined
     ]
     rows = [row for row in rows if row.get("I_pre") is not None or row.get("U") is not None]
-    empty = {
+    empty: dict[str, Any] = {
         "spectrum": [],
         "spectrum_heads": [],
         "path": None,
@@ -203,7 +202,7 @@ def _path(folder: Path) -> dict[str, Any] | None:
 
 def _placed(lines: list[dict[str, Any]], layout: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Lines of modules with the layer and the part (q, k, v, o, or the module's last word) that they belong to."""
-    known = {}
+    known: dict[str, tuple[int, str]] = {}
     for attention in HeadLayout.from_json(layout).attentions if layout else ():
         for part in PARTS:
             projection = attention.part(part)

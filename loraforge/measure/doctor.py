@@ -22,7 +22,7 @@ from loraforge.measure.find import layout_of_model, modules_of, unwrapped
 from loraforge.measure.layout import HeadLayout
 from loraforge.measure.trials import FAILURES, Trials, check
 
-UNREACHED = "not reached by random words alone; give inputs with pictures or sound to check it"
+UNREACHED = "not reached by random words alone; other inputs are needed to check it"
 SHOWN = 4
 
 
@@ -130,7 +130,7 @@ def _without(layout: HeadLayout, unreached: list[int]) -> HeadLayout:
     return replace(
         layout,
         attentions=kept,
-        skipped={**layout.skipped, **{layout.attentions[i].block: UNREACHED for i in unreached}},
+        skipped={**layout.skipped, **{layout.attentions[i].o.module: UNREACHED for i in unreached}},
     )
 
 

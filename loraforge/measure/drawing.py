@@ -43,5 +43,6 @@ def draw(
     got = "none of these files" if place.is_dir() else "no such folder"
     raise LoraforgeError(
         "there is nothing to draw", where=place, got=got,
-        expected=f"{HEADS} of a run, {METRICS} of a comparison, or {SEEDS}", hint="loraforge measure run RUN makes them",
+        expected=f"{HEADS} of a run, {METRICS} of a comparison, or {SEEDS}",
+        hint="loraforge measure run RUN makes them",
     )  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from loraforge.calibrate.base import load_config
 from loraforge.checkpoints import Checkpoint
 from loraforge.measure.families import TRANSPOSED, layout_from_shapes
 from loraforge.measure.layout import HeadLayout
+from loraforge.measure.sections import lacks_heads
 
 _BYPASS = "nn.MultiheadAttention reads its weights without calling its modules: gates and adapters would not act"
 _PACKED = ".in_proj_weight"
@@ -28,16 +30,17 @@ def layout_of_model(model: nn.Module) -> HeadLayout:
         if not isinstance(module, nn.Embedding) and not name.startswith(inside) and _is_matrix(module)
     }
     transposed = [name for name, layer in linear.items() if type(layer).__name__ == "Conv1D"]
-    config = getattr(base, "config", None)
-    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    to_dict = getattr(getattr(base, "config", None), "to_dict", None)
+    content = to_dict() if callable(to_dict) else {}
     shapes = {name: _shape(layer) for name, layer in linear.items()}
     return layout_from_shapes(shapes, content, type(base).__name__, transposed=transposed, skipped=skipped)
 
 
 def layout_of_checkpoint(checkpoint: Checkpoint) -> HeadLayout:
-    """The layout of a model on disk; reads names, shapes and config.json, no tensor and no transformers.
+    """The layout of a model on disk; reads names, shapes and config.json, no tensor.
 
-    Module names are those of the file.
+    Module names are those of the file. transformers is asked only for the defaults that a composed model's config.json
+    leaves out.
 
     Raises:
         LoraforgeError: No attention is known, heads and shapes contradict, or config.json does not say the heads.
@@ -45,13 +48,16 @@ def layout_of_checkpoint(checkpoint: Checkpoint) -> HeadLayout:
     names = checkpoint.names
     skipped = {name.removesuffix(_PACKED): _BYPASS for name in names if name.endswith(_PACKED)}
     inside = tuple(f"{name}." for name in skipped)
-    turned = checkpoint.config.get("model_type") in TRANSPOSED
+    config = checkpoint.config
+    if checkpoint.folder is not None and lacks_heads(config):
+        config = load_config(checkpoint.folder).to_dict()
+    turned = config.get("model_type") in TRANSPOSED
     shapes = {}
     for name in names:
         shape = checkpoint.shape(name)
         if name.endswith(".weight") and len(shape) == 2 and not name.startswith(inside):
             shapes[name.removesuffix(".weight")] = (shape[1], shape[0]) if turned else (shape[0], shape[1])
-    return layout_from_shapes(shapes, checkpoint.config, checkpoint.path, skipped=skipped)
+    return layout_from_shapes(shapes, config, checkpoint.path, skipped=skipped)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -90,5 +96,5 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
     rows, columns = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     if isinstance(rows, int) and isinstance(columns, int):
         return rows, columns
-    first, second = layer.weight.shape  # type: ignore[union-attr, misc]
+    first, second = layer.weight.shape  # type: ignore[misc]
     return (second, first) if type(layer).__name__ == "Conv1D" else (first, second)

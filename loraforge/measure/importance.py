@@ -6,7 +6,7 @@ I = mean over samples of [loss with the head's gate closed - loss with all gates
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,7 @@ def measure_importance(
             raise LoraforgeError("layer and head alone do not name this model's heads", where="--profile document",
                                  got=subject.layout.family, hint="--profile default")  # fmt: skip
         subject = replace(subject, batch_size=DOCUMENT_BATCH, order="given")
-    work = _Measurement(subject, asked, cache_bytes, progress, tell)
-    work.open_log(path)
+    work = _Measurement(subject, asked, path, cache_bytes, progress, tell)
     lines = work.run()
     if profile == "document":
         lines = [{key: line[key] for key in DOCUMENT_KEYS} for line in lines]
@@ -126,6 +125,7 @@ class _Measurement:
         self,
         subject: Subject,
         asked: ImportanceSettings,
+        path: Path | None,
         cache_bytes: int | None,
         progress: Progress | None,
         tell: Tell | None,
@@ -135,9 +135,13 @@ class _Measurement:
         self.units = units_of(
             subject.layout, asked.unit, layers=asked.layers, max_heads=asked.max_heads, seed=asked.seed
         )
-        self.log: LineLog | None = None
         self.started = time.perf_counter()
         self.told: dict[str, Any] = {}
+        self.log: LineLog | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.log = LineLog(path, self.settings())
+            self.told["heads_taken_up"] = len(self.log.done)
 
     def settings(self) -> dict[str, Any]:
         """All that the lines depend on."""
@@ -147,13 +151,6 @@ class _Measurement:
             **asdict(self.asked), **batches, "subject": subject.record, "layout_sha256": subject.layout.sha256,
             "versions": versions(),
         }  # fmt: skip
-
-    def open_log(self, path: Path | None) -> None:
-        """Takes up what a broken-off run left."""
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.log = LineLog(path, self.settings())
-            self.told["heads_taken_up"] = len(self.log.done)
 
     def run(self) -> list[dict[str, Any]]:
         """The lines, in the layout's order."""
@@ -167,19 +164,16 @@ class _Measurement:
         units = self.units
         if asked.method in ("taylor", "michel", "screen"):
             found = self._estimates(objective)
-            if asked.method == "screen":
-                estimate = {key: line["I"] for key, line in found.items()}
-                top, others = chosen_for_exact(units, estimate, asked.exact_top or EXACT_TOP, asked.seed)
-                units = [unit for unit in units if unit in top or unit in others]
+        if asked.exact_top is not None:
+            estimate = {key: line["I"] for key, line in found.items()}
+            top, others = chosen_for_exact(units, estimate, asked.exact_top, asked.seed)
+            units = [unit for unit in units if unit in top or unit in others]
         if asked.method in ("exact", "screen", "integrated"):
             found |= self._ablations(objective, units, done)
-        if asked.method == "screen":
-            exact = {unit.key: found[unit.key]["I"] for unit in others}
-            found_rho = reliability(others, estimate, exact)
-            self.told["screening"] = {"exact_top": asked.exact_top, **found_rho}
-            self._say(
-                f"gradients against ablation on {found_rho['heads']} other heads: Spearman {found_rho['spearman']}"
-            )
+        if asked.exact_top is not None:
+            judged = reliability(others, estimate, {unit.key: found[unit.key]["I"] for unit in others})
+            self.told["screening"] = {"exact_top": asked.exact_top, **judged}
+            self._say(f"gradients against ablation on {judged['heads']} other heads: Spearman {judged['spearman']}")
         return [found[unit.key] for unit in self.units]
 
     def _estimates(self, objective: Objective) -> dict[HeadKey, dict[str, Any]]:
@@ -215,19 +209,15 @@ class _Measurement:
             missing = {blocks[unit.attention].block for unit in units if unit.key not in done}
             left = [unit for unit in units if blocks[unit.attention].block in missing]
             self._say_budget(passes, left)
-            differences: Iterator[tuple[Unit, Tensor]]
-            if asked.method == "integrated":
-                differences = integrated_differences(passes, left, fills, self.progress)
-            else:
-                differences = exact_differences(passes, left, fills, self.progress)
-            method = "integrated" if asked.method == "integrated" else "exact"
-            for unit, values in differences:
-                if unit.key in found:
-                    continue
-                line = importance_line(unit, values, base, method, asked)
-                found[unit.key] = line
-                if self.log is not None:
-                    self.log.add(line)
+            integrated = asked.method == "integrated"
+            ablate = integrated_differences if integrated else exact_differences
+            for unit, values in ablate(passes, left, fills, self.progress):
+                if unit.key not in found:
+                    found[unit.key] = importance_line(
+                        unit, values, base, "integrated" if integrated else "exact", asked
+                    )
+                    if self.log is not None:
+                        self.log.add(found[unit.key])
             self._note_passes(passes)
         return found
 
@@ -237,13 +227,11 @@ class _Measurement:
             count, seconds = count * POINTS, seconds * POINTS * 3.0
         bytes_needed = passes.expected_bytes
         text = (
-            f"{len(units)} heads on {len(passes.losses_base)} rows: {count} passes, at most {bytes_needed / 2**20:.0f} "
-            f"MiB of layers' outputs kept, about {seconds:.0f} s"
+            f"{len(units)} heads on {len(passes.losses_base)} rows: {count} passes, at most {bytes_needed / 2**20:.1f} "
+            f"MiB of layers' outputs kept, about {seconds:.3g} s"
         )
         self.told["budget"] = {"passes": count, "cache_bytes": bytes_needed, "seconds": seconds}
         self._say(text)
-        if self.progress is not None:
-            self.progress("importance", text, 0, count)
 
     def _say(self, text: str) -> None:
         if self.tell is not None:

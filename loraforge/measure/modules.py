@@ -73,7 +73,8 @@ def read_modules(run: Run, by: str, *, parts: str = "qkvo", base: str | Path | N
     for attention in layout.attentions:
         for part in PARTS:
             place = attention.part(part)
-            if place is not None:
+            # An adapter's layout names no output projection where the adapter has none.
+            if place is not None and place.module:
                 before, _ = named.get(place.module, ("", 0))
                 named[place.module] = (before + part, attention.layer)
     chosen = {name: about for name, about in named.items() if set(about[0]) & set(parts)}

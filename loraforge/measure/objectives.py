@@ -73,6 +73,9 @@ class _Losses:
         states = self._logits.states(self._forward(model), inputs)
         where = self._logits.where(inputs["labels"]).to(states.device)
         loss = self._cross_entropy(inputs) if self.name != "kl" else self._divergence(reference)
+        if reference is not None and len(states) % len(reference):
+            got, expected = f"{len(reference)} positions", f"those of the batch, one of {len(states)} or a part of it"
+            raise LoraforgeError("the reference is of another batch", got=got, expected=expected)
         values = self._logits.parts(states, loss)
         table = values.new_zeros(where.shape).masked_scatter(where, values)
         return table.sum(1) / where.sum(1).clamp(min=1)
@@ -112,9 +115,7 @@ class _Losses:
     def _divergence(self, reference: Tensor | None) -> Callable[[Tensor, slice], Tensor]:
         """KL of the gated model's output from the reference's, in float64: it is small, and never below 0."""
         if reference is None:
-            raise LoraforgeError(
-                "the objective kl needs the reference of the batch", expected="reference(model, batch)"
-            )
+            raise LoraforgeError("the objective kl needs a reference", expected="reference(model, batch)")
 
         def loss(logits: Tensor, span: slice) -> Tensor:
             rows = torch.arange(span.start, span.start + len(logits), device=reference.device) % len(reference)
@@ -159,15 +160,11 @@ def make_objective(
     """
     if name not in OBJECTIVES:
         raise UsageError(f"unknown objective '{name}'", hint=did_you_mean(name, OBJECTIVES))
-    headed = subject.kind in HEADED
-    where = f"task '{subject.data.spec.id}'"
-    if name == "lm" and (subject.kind not in ("causal", "choice") or _both(subject)):
-        got = f"a task of kind {subject.kind}"
-        raise LoraforgeError(
-            "the objective lm is for causal models", where=where, got=got, expected="task, probe or kl"
-        )
+    headed, both = subject.kind in HEADED, bool(getattr(subject.config, "is_encoder_decoder", False))
+    where, got = f"task '{subject.data.spec.id}'", f"a task of kind {subject.kind}"
+    if name == "lm" and (headed or both):
+        raise LoraforgeError("the objective lm is for causal models", where=where, got=got, expected="task or kl")
     if name == "probe" and not headed:
-        got = f"a task of kind {subject.kind}"
         raise LoraforgeError("a probe is a classification head", where=where, got=got, expected="task, kl or lm")
     if name == "task" and headed and subject.fresh and warn:
         warnings.warn(
@@ -211,7 +208,3 @@ def check_losses(losses: Tensor, batch: Batch, number: int, head: HeadKey | None
         "the loss is not finite", where=f"batch {number}{at}", got=f"rows {shown}", expected="numbers",
         hint="--dtype float32; a model whose training broke down gives no measurement",
     )  # fmt: skip
-
-
-def _both(subject: Subject) -> bool:
-    return bool(getattr(subject.config, "is_encoder_decoder", False))

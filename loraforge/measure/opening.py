@@ -11,6 +11,10 @@ from torch import nn
 from loraforge.adapters import open_adapter
 from loraforge.calibrate.base import load_base, load_config
 from loraforge.errors import LoraforgeError
+from loraforge.tasks import load_model
+
+# PEFT's task types and our kinds: names in an adapter are those of the class that it was trained in.
+_KINDS = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "text-to-text", "CAUSAL_LM": "causal"}
 
 
 def open_for_doctor(model: str | Path, adapter: str | Path | None = None) -> nn.Module:
@@ -31,9 +35,12 @@ def open_for_doctor(model: str | Path, adapter: str | Path | None = None) -> nn.
             "only PEFT folders are measured", where=adapter, got=opened.format,
             hint=f"loraforge convert {adapter} --to peft --out FOLDER",
         )  # fmt: skip
-    shapes = {name: (info.m, info.n) for name in opened.modules if (info := opened.info(name)).kind == "linear"}
-    task_type = opened.config.get("task_type")
-    base = load_base(model, task_type=task_type, wanted=shapes, shapes=shapes, dtype=dtype)[0]
+    kind = _KINDS.get(str(opened.config.get("task_type")))
+    if kind is not None:
+        # The head has no part in the attention, so two classes do as well as any number.
+        base = load_model(model, kind, head_labels=("no", "yes"), dtype=dtype)[0]
+    else:
+        base = load_base(model, wanted=opened.modules, dtype=dtype)[0]
     return _with_adapter(base, Path(adapter))
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from loraforge.checkpoints import Checkpoint, looks_like_checkpoint, open_checkpoint
 from loraforge.errors import LoraforgeError
+from loraforge.linalg.pool import one_thread
 from loraforge.measure.files import write_json, write_lines
-from loraforge.measure.layout import PARTS, Attention
+from loraforge.measure.layout import PARTS, Attention, HeadLayout
 from loraforge.measure.norms import one_a_module, part_norms
 from loraforge.measure.slices import Change, difference
 from loraforge.measure.sources import Source, open_changes
@@ -65,7 +66,7 @@ def measure_path(
         folder: `snapshots` of a run: folders step-N with adapters or full models.
         base: Where the run started. Adapters start at the update 0 and need none (see `sources.open_changes` for what
             then says where the heads are); full models start at the base, or at the snapshot step-0.
-        kv_share: Share the norms of key-value heads among their query heads.
+        kv_share: Share the norms of key-value heads among their query heads; else the total counts them repeatedly.
         out: The JSON file, or the folder for path.json; path.jsonl with a line a head comes beside it.
         overwrite: Replace them.
         progress: Called with (stage, detail, done, total).
@@ -91,16 +92,13 @@ def measure_path(
     for index, attention in enumerate(layout.attentions):
         if progress is not None:
             progress("path", f"{attention.stack} {attention.kind} {attention.layer}", index, len(layout.attentions))
-        own, moved = _way(attention, sources, kv_share=kv_share, zero_first=zero_first)
+        with one_thread():  # as for a single update: sums do not depend on the number of cores
+            own, moved = _way(attention, sources, kv_share=kv_share, zero_first=zero_first)
         norms.append(own)
         lengths.append(moved)
     U, length = torch.cat(norms, 1), torch.cat(lengths, 1)  # (points, heads), (points - 1, heads)
     points = [0, *points] if zero_first else points
-    lines = []
-    for column, key in enumerate(layout.heads):
-        way = _summary(points, U[:, column].tolist(), float(length[:, column].sum()))
-        about = {"stack": key.stack, "kind": key.kind}
-        lines.append({"layer": key.layer, "head": key.head} | way | {"U": U[:, column].tolist()} | about)
+    lines = _head_ways(layout, points, U, length)
     whole, stretches = U.square().sum(1).sqrt().tolist(), length.square().sum(1).sqrt().tolist()
     found: dict[str, Any] = {
         "steps": points, "source": sources[0].changes.source, "snapshots": str(folder), "kv_share": kv_share,
@@ -115,27 +113,38 @@ def measure_path(
     return found | {"heads": lines, "files": [str(path) for path in files]}
 
 
+def _head_ways(layout: HeadLayout, points: Sequence[int], U: Tensor, length: Tensor) -> list[dict[str, Any]]:
+    """A line a head from its norms (points, heads) and its stretches (points - 1, heads)."""
+    lines: list[dict[str, Any]] = []
+    for column, key in enumerate(layout.heads):
+        own = U[:, column].tolist()
+        way = _summary(points, own, float(length[:, column].sum()))
+        lines.append({"layer": key.layer, "head": key.head, **way, "U": own, "stack": key.stack, "kind": key.kind})
+    return lines
+
+
 def _open(steps: Sequence[tuple[int, Path]], base: Place | Checkpoint | None, places: dict[str, Any]) -> list[Source]:
     """A source a snapshot, all in the layout of the first; a full model at step 0 is the start where no base is given.
 
     Raises:
         LoraforgeError: Full models without a start, or nothing behind it.
     """
-    if not looks_like_checkpoint(steps[0][1]):
+    full = looks_like_checkpoint(steps[0][1])
+    if full and base is None and steps[0][0] == 0:
+        base = steps[0][1]
+    start = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
+    if not full:
         found: list[Source] = []
         for _, path in steps:
-            found.append(open_changes(base, adapter=path, **places))
+            found.append(open_changes(start, adapter=path, **places))
             # One layout for all, so that their heads are the same.
             places = places | {"layout": found[0].layout}
         return found
-    if base is None and steps[0][0] == 0:
-        base = steps[0][1]
-    if base is None:
+    if start is None:
         raise LoraforgeError(
             "the way of full models needs its start", where=steps[0][1].parent, expected="step-0, or the base",
             hint="add --base MODEL",
         )  # fmt: skip
-    start = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     return [open_changes(start, final=path, **places) for _, path in steps]
 
 

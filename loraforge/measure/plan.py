@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from loraforge.measure.gradients import measure_fisher
 from loraforge.measure.importance import measure_importance
 from loraforge.measure.initial import ABOUT, write_initial
 from loraforge.measure.paths import PATH, PATH_HEADS, measure_path
-from loraforge.measure.record import LORA, Trained, commit, versions
+from loraforge.measure.record import LORA, Trained, versions
 from loraforge.measure.settings import MeasureSettings
 from loraforge.measure.spectra import SPECTRUM_HEADS, measure_spectrum
-from loraforge.measure.steps import Step
+from loraforge.measure.steps import Step, commit
 from loraforge.measure.subject import Subject, open_subject
 from loraforge.measure.update import measure_update
 from loraforge.tasks.spec import SPLITS
@@ -122,17 +123,15 @@ class Plan:
         found.append(Step("aggregate", (HEADS, CASES, STATS), shown, self._aggregate))
         return [*found, *([Step("report", (REPORT,), shown, self._report)] if s.plots else [])]
 
-    def _initial(self, start: Mapping[str, Any]) -> list[Step]:
+    def _initial(self, start: dict[str, Any]) -> list[Step]:
         """theta0 as a folder; none to make where the training started from that very folder."""
         t, whole = self.trained, self.settings.is_document
         folder = t.out / INITIAL
         if Path(t.base).resolve() == folder.resolve():
             return []
 
-        def action() -> Mapping[str, Any]:
-            return {"theta0_sha256": write_initial(folder, t, whole=whole)["theta0_sha256"]}
-
         name = f"{INITIAL}/config.json" if whole else f"{INITIAL}/{ABOUT}"
+        action = partial(write_initial, folder, t, whole=whole)
         return [Step(INITIAL, (name, INITIAL), start | {"whole": whole}, action, facts=("theta0_sha256",))]
 
     def _layout(self, start: Mapping[str, Any]) -> Step:
@@ -187,11 +186,13 @@ class Plan:
         t, s = self.trained, self.settings
         norm = "document" if s.is_document else "l2"
         measure_update(t.base, **self._ends(), out=t.out / UPDATE, norm=norm, profile=s.profile, cache=self.norms,
-                       base_sha256=t.base_sha256)  # fmt: skip
+                       base_sha256=t.base_sha256, progress=self._named("update"))  # fmt: skip
         return {}
 
     def _spectrum(self) -> Mapping[str, Any]:
-        measure_spectrum(self.trained.base, **self._ends(), out=self.trained.out / SPECTRUM)
+        measure_spectrum(
+            self.trained.base, **self._ends(), out=self.trained.out / SPECTRUM, progress=self._named("spectrum")
+        )
         return {}
 
     def _path(self) -> Mapping[str, Any]:
@@ -213,13 +214,11 @@ class Plan:
         # Pictures are all that needs the plotting library.
         from loraforge.measure.content import run_content
         from loraforge.report.heads import write_run_report
-        from loraforge.report.heads_pictures import ALT, pictures, write_pictures
 
-        content = run_content(self.trained.out)
-        if self.settings.is_document:
-            drawn = {name: draw for name, draw in pictures(content).items() if name in _DOCUMENT_PICTURES}
-            write_pictures(self.trained.out, drawn, ALT, ("png",))
-        write_run_report(self.trained.out, content, ("html",) if self.settings.is_document else ("png", "html"))
+        written = write_run_report(self.trained.out, run_content(self.trained.out))
+        for path in written if self.settings.is_document else []:
+            if path.suffix == ".png" and path.stem not in _DOCUMENT_PICTURES:
+                path.unlink()
         return {}
 
     @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -16,8 +15,9 @@ from loraforge.adapters import open_adapter
 from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.measure.files import FINAL
+from loraforge.measure.task_rows import HEADED
 from loraforge.storage.yaml_file import read_yaml
-from loraforge.tasks import TaskSpec, parse_task, read_task_card
+from loraforge.tasks import TaskSpec, parse_task, read_task_card, resolve_kind, task_labels
 from loraforge.tasks.rows import read_rows
 
 FFT, LORA = "FFT", "LoRA"
@@ -116,6 +116,8 @@ def open_trained(
         raise LoraforgeError("the training is not known", where=place)
     spec, rows_split, about = _rows(spec, record if task is None else {}, data, split)
     adapter = _read_json(place / "adapter_config.json")
+    kind = str(record.get("task", {}).get("kind") or card.get("kind") or _kind(spec, start, rows_split))
+    labels = tuple(record.get("labels") or card.get("labels") or (task_labels(spec) if kind in HEADED else ()))
     return Trained(
         out=Path(out) if out is not None else folder if place != folder else folder / "measure",
         final=place,
@@ -123,8 +125,8 @@ def open_trained(
         method=FFT if adapter is None else LORA,
         rank=None if adapter is None else int(adapter["r"]),
         seed=int(record.get("seed", 0) if seed is None else seed),
-        labels=tuple(record.get("labels") or card.get("labels") or ()),
-        kind=str(record.get("task", {}).get("kind") or card.get("kind") or spec.kind),
+        labels=labels,
+        kind=kind,
         task=spec,
         split=rows_split,
         size=int(about["rows"]),
@@ -140,19 +142,6 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "numpy")
     own = {"loraforge": loraforge.__version__, "python": platform.python_version()}
     return own | {name: metadata.version(name) for name in names}
-
-
-def commit() -> str | None:
-    """Commit of the program's own repository; None where it was installed from a package."""
-    home = Path(loraforge.__file__).resolve().parents[1]
-    if not (home / ".git").exists():
-        return None
-    command = ["git", "-C", str(home), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 def _final(folder: Path) -> Path:
@@ -232,6 +221,11 @@ def _rows(
             expected=recorded["sha256"][:12], hint="--data FILE measures on other rows on purpose",
         )  # fmt: skip
     return spec, chosen, {"split": chosen, "source": rows.where, "sha256": rows.sha256, "rows": len(rows)}
+
+
+def _kind(spec: TaskSpec, base: str, split: str) -> str:
+    """What the task is, where no record says it."""
+    return resolve_kind(spec, base=base, item=read_rows(spec, split).items[0])
 
 
 def _base_sha256(base: str, record: Mapping[str, Any]) -> str:

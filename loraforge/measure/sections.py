@@ -54,6 +54,12 @@ def heads_of(section: Mapping[str, Any], stack: str, layer: int) -> Heads:
     return Heads(n_q, n_kv)
 
 
+def lacks_heads(config: Mapping[str, Any]) -> bool:
+    """Whether a part of a composed model does not say its heads: transformers leaves defaults out of such parts."""
+    parts = [config[key] for tower in _TOWERS for key in (tower, f"{tower}_config") if key in config]
+    return any(isinstance(part, Mapping) and heads_of(part, "enc", 0).n_q is None for part in parts)
+
+
 def mixes_without_heads(section: Mapping[str, Any], layer: int) -> bool:
     """Whether the configuration says that a layer is no softmax attention, whatever its modules are called."""
     kinds = section.get("layer_types")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
 
@@ -53,7 +53,7 @@ class MeasureSettings:
         lo: Percentile below which it counts as neither.
     """
 
-    profile: str = "default"
+    profile: Literal["default", "document"] = "default"
     split: str | None = None
     subset: int | None = 1024
     subset_seed: int = 999

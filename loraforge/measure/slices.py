@@ -22,7 +22,7 @@ from loraforge.types import LowRank
 # An update of one module in the (out, in) orientation: factors, or a float64 matrix.
 Change: TypeAlias = LowRank | Tensor
 
-_BLOCK = 2**22  # entries of a dense matrix that are widened at a time
+_BLOCK = 2**18  # entries of a dense matrix that are widened at a time: they stay in the cache
 
 
 def triangle(factor: Tensor) -> Tensor:

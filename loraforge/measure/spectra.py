@@ -30,8 +30,9 @@ from loraforge.measure.intruders import (
     leading_vectors,
 )  # fmt: skip
 from loraforge.measure.layout import PARTS, Attention
+from loraforge.measure.matching import layout_modules
 from loraforge.measure.norms import one_a_module
-from loraforge.measure.slices import Change, change_norm, head_slice
+from loraforge.measure.slices import Change, change_norm, check_fit, triangle
 from loraforge.measure.sources import Source, open_changes
 from loraforge.measure.update_files import output_files
 from loraforge.measure.update_lines import Progress
@@ -100,12 +101,24 @@ def head_spectra(attention: Attention, changes: Mapping[str, Change | None]) -> 
         change = None if place is None else changes.get(place.module)
         if place is None or change is None:
             continue
-        for head in range(place.heads):
-            numbers = spectrum(head_slice(change, place, part, head))
+        check_fit(tuple(change.shape), place, part)
+        core = _one_sided(change, part)
+        slices = [core[:, place.span(h)] if part == "o" else core[place.span(h)] for h in range(place.heads)]
+        for head, values in enumerate(torch.linalg.svdvals(torch.stack(slices))):
+            numbers = spectrum_numbers(values)
             yield {
                 "layer": attention.layer, "head": head, "stack": attention.stack, "kind": attention.kind, "part": part,
                 "sv": numbers["sv"], "eff_rank": numbers["eff_rank"], "stable_rank": numbers["stable_rank"],
             }  # fmt: skip
+
+
+def _one_sided(change: Change, part: str) -> Tensor:
+    """A matrix whose slices have the singular values of the update's: of factors without their orthonormal side."""
+    if not isinstance(change, LowRank):
+        return change.to(torch.float64)
+    if part == "o":
+        return triangle(change.B) @ change.A.to(torch.float64) * change.scaling
+    return change.B.to(torch.float64) @ triangle(change.A.mT).mT * change.scaling
 
 
 def base_numbers(
@@ -158,8 +171,10 @@ def measure_spectrum(
     started = time.perf_counter()
     files = output_files(out, SPECTRUM, overwrite=overwrite, more=(SPECTRUM_HEADS,) if per_head else ())
     source = open_changes(base, adapter=adapter, final=final, **places)
+    weights = source.changes.weights
     lines: list[dict[str, Any]] = []
     heads: list[dict[str, Any]] = []
+    total = len(layout_modules(source.layout))
     for attention in source.layout.attentions:
         updates = _updates(source, attention)
         for place in one_a_module(attention):
@@ -167,16 +182,15 @@ def measure_spectrum(
             if change is None:
                 continue
             if progress is not None:
-                progress("spectrum", place.module, len(lines), len(lines) + 1)
+                progress("spectrum", place.module, len(lines), total)
             line = {"module": place.module} | spectrum(change)
-            if intruders and source.changes.weights is not None:
-                weight = source.changes.weights.read(place)
-                line |= base_numbers(weight, change, k=k, ks=ks, epsilons=epsilons)
-            lines.append(line)
+            if intruders and weights is not None:
+                line |= base_numbers(weights.read(place), change, k=k, ks=ks, epsilons=epsilons)
+            lines.append(line | _about(attention, place.module))
         heads += head_spectra(attention, updates) if per_head else ()
     meta = source.meta | {
         "k": k, "ks": list(ks), "epsilons": list(epsilons), "near": 0.01, "modules": len(lines),
-        "intruders": intruders and source.changes.weights is not None, "warnings": source.changes.warnings,
+        "intruders": intruders and weights is not None, "warnings": source.changes.warnings,
         "layout_sha256": source.layout.sha256, "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
     if files:
@@ -185,6 +199,12 @@ def measure_spectrum(
         if per_head:
             write_lines(files[2], heads)
     return {"lines": lines, "heads": heads, "meta": meta, "files": [str(path) for path in files]}
+
+
+def _about(attention: Attention, module: str) -> dict[str, Any]:
+    """Where a module belongs; `part` names all that share it, as `qkv`."""
+    parts = [part for part in PARTS if (place := attention.part(part)) is not None and place.module == module]
+    return {"part": "".join(parts), "layer": attention.layer, "stack": attention.stack, "kind": attention.kind}
 
 
 def _updates(source: Source, attention: Attention) -> dict[str, Change | None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import loraforge
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.measure.files import CONFIG, write_json
 
@@ -26,7 +28,7 @@ class Step:
         name: Of the step.
         outputs: Names of its files or folders below the run's folder; each appears whole, the last one last.
         settings: JSON-ready: everything that decides what they hold.
-        action: Makes them; may take up a broken-off file of its own. Returns facts for run_config.json.
+        action: Makes them; may take up a broken-off file of its own. Returns its facts, maybe among others.
         facts: Those of FACTS that it finds out.
         shared: Whether another run's files serve where the settings are equal.
     """
@@ -79,6 +81,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def commit() -> str | None:
+    """Commit of the program's own repository; None where it was installed from a package."""
+    home = Path(loraforge.__file__).resolve().parents[1]
+    if not (home / ".git").exists():
+        return None
+    command = ["git", "-C", str(home), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
 def do_steps(
     steps: Sequence[Step],
     folder: Path,
@@ -100,8 +115,9 @@ def do_steps(
         [{name, state ("done", "skipped" or "copied"), seconds}].
 
     Raises:
-        LoraforgeError: Files that were made with other settings would be replaced.
+        LoraforgeError: Files that were made with other settings would be replaced, or a folder that no step made.
     """
+    _check_folders(steps, folder, record)
     if overwrite is True:
         for step in steps:
             _remove(step, folder, parts=True)
@@ -119,7 +135,8 @@ def do_steps(
             record.write()
             state = COPIED if step.shared and any(_copy(step, other, folder, record) for other in others) else DONE
         if state == DONE:
-            record.facts |= step.action()
+            told = step.action()
+            record.facts |= {name: told[name] for name in step.facts}
         record.write()
         found.append({"name": step.name, "state": state, "seconds": time.perf_counter() - began})
     return found
@@ -144,6 +161,23 @@ def _check_changed(steps: Sequence[Step], folder: Path, record: Record) -> None:
                 got=difference, hint="--overwrite does all of it anew; or choose another --out",
             )
             for difference, changed in differences.items()
+        ]
+    )  # fmt: skip
+
+
+def _check_folders(steps: Sequence[Step], folder: Path, record: Record) -> None:
+    """Never removes a folder that this program did not make: it may hold the weights of a model."""
+    raise_problems(
+        [
+            LoraforgeError(
+                "a folder is there already that this measurement did not make", where=folder / name,
+                expected="the folder of an earlier measurement, or none",
+                hint="--base names it if it is what the training started from; or choose another --out",
+            )
+            for step in steps
+            if step.name not in record.steps
+            for name in step.outputs
+            if (folder / name).is_dir()
         ]
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,14 +25,7 @@ from loraforge.measure.doctor import confirmed_layout
 from loraforge.measure.layout import HeadLayout
 from loraforge.measure.subset import SEED
 from loraforge.measure.task_rows import HEADED, choose_rows, read_rows_of
-from loraforge.tasks import (
-    Collator,
-    TaskData,
-    TaskSpec,
-    load_model,
-    load_task,
-    pad_token_id_of,
-)  # fmt: skip
+from loraforge.tasks import Collator, TaskData, TaskSpec, load_model, load_task, pad_token_id_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +194,15 @@ def open_subject(
         "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."), "device": str(place), "seed": seed,
         "head": None if not headed else "fresh" if fresh else "trained",
     }  # fmt: skip
-    return Subject(
-        loaded, confirmed_layout(loaded), rows.data, tuple(indices), rows.data.kind, config, rows.tokenizer, place,
+    found = Subject(
+        loaded, HeadLayout("", (), {}), rows.data, tuple(indices), rows.data.kind, config, rows.tokenizer, place,
         record, batch_size, order, fresh, seed, rows.named, rows.space, held,
     )  # fmt: skip
+    inputs = found.batch(rows.data, indices[:2]).inputs
+    # Text alone would not reach the heads of a model's vision part.
+    both = {"pixel_values", "input_ids"} <= inputs.keys()
+    asked = {name: tensor for name, tensor in inputs.items() if name != "labels"} if both else None
+    return replace(found, layout=confirmed_layout(loaded, inputs=asked))
 
 
 def _place(model: str | Path | nn.Module, device: str) -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def suggest_ranks(
         mean_rank: Instead of `budget`: the parameters of this rank everywhere.
         r_min: Least rank of a projection; 0 leaves projections out.
         r_max: Largest rank; default four times the uniform one. A side of the weight bounds it too.
-        alpha: Alpha of the uniform rank, which fixes the scaling; default the run's, else twice the rank.
+        alpha: Alpha at the run's rank (else 8), which fixes the scaling; default the run's, else twice the rank.
         parts: Which of q, k, v and o.
         base: Model for the shapes, where the run does not lead to it.
         out: File; default rank_pattern.json in the run's folder.
@@ -73,8 +73,8 @@ def suggest_ranks(
     start, start_alpha, rslora = _of_run(run, alpha)
     if budget is None:
         budget = int((start if mean_rank is None else mean_rank) * sum(costs))
-    uniform = max(budget // sum(costs), 1)
-    top = 4 * uniform if r_max is None else r_max
+    uniform = budget // sum(costs)
+    top = 4 * max(uniform, 1) if r_max is None else r_max
     if not 0 <= r_min <= top or top < 1:
         raise UsageError("the bounds of the rank must be 0 <= r_min <= r_max", got=f"r_min {r_min}, r_max {top}")
     highs = [min(top, *module.shape) for module in modules]
@@ -84,8 +84,8 @@ def suggest_ranks(
     alphas = [_plain(scaling * (math.sqrt(rank) if rslora else rank)) for rank in ranks]
     used = [(m, rank, a) for m, rank, a in zip(modules, ranks, alphas, strict=True) if rank]
     patterns = {
-        "r": uniform,
-        "alpha": _plain(scaling * (math.sqrt(uniform) if rslora else uniform)),
+        "r": start,
+        "alpha": _plain(start_alpha),
         "targets": [module.suffix for module, _, _ in used],
         "rank_pattern": {re.escape(module.suffix): rank for module, rank, _ in used},
         "alpha_pattern": {re.escape(module.suffix): alpha for module, _, alpha in used},
@@ -128,7 +128,7 @@ def suggest_targets(
         by: As in `suggest_ranks`.
         budget: Parameters of all A and B together; default half of those of every projection at rank r.
         r: Rank of the targets; default the run's, else 8.
-        alpha: Alpha; default the run's, else twice the rank.
+        alpha: As in `suggest_ranks`.
         parts: Which of q, k, v and o to choose among.
         base: Model for the shapes, where the run does not lead to it.
         out: File; default targets.json in the run's folder.
@@ -142,7 +142,7 @@ def suggest_targets(
     """
     run = open_run(run_dir)
     modules = read_modules(run, by, parts=parts, base=base)
-    start, start_alpha, _ = _of_run(run, alpha)
+    start, start_alpha, rslora = _of_run(run, alpha)
     rank = start if r is None else r
     if rank < 1:
         raise UsageError("the rank must be at least 1", got=rank)
@@ -163,7 +163,7 @@ def suggest_targets(
     total = sum(module.score for module in modules)
     patterns = {
         "r": rank,
-        "alpha": _plain(start_alpha if r is None or alpha is not None else start_alpha * rank / start),
+        "alpha": _plain(start_alpha * (math.sqrt(rank / start) if rslora else rank / start)),
         "targets": [module.suffix for i, module in enumerate(modules) if i in chosen],
     }
     path = Path(out) if out is not None else run.folder / TARGETS
@@ -224,9 +224,11 @@ def _of_run(run: Run, alpha: float | None) -> tuple[int, float, bool]:
     """Rank, alpha and rank stabilisation of the run's adapter; rank 8 and twice that after full fine-tuning."""
     adapter = read_object(run.folder / FINAL / "adapter_config.json")
     rank = run.rank or RANK
-    recorded = adapter.get("lora_alpha", run.config.get("alpha"))
+    options = run.config.get("lora")
+    record = options if isinstance(options, Mapping) else run.config
+    recorded = adapter.get("lora_alpha", record.get("alpha"))
     known = float(recorded) if isinstance(recorded, int | float) else 2.0 * rank
-    return rank, known if alpha is None else float(alpha), bool(adapter.get("use_rslora", run.config.get("rslora")))
+    return rank, known if alpha is None else float(alpha), bool(adapter.get("use_rslora", record.get("rslora")))
 
 
 def _row(module: Module) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def summary_markdown(content: Mapping[str, Any]) -> str:
     """The same as Markdown."""
     parts = [f"# {_title(content)}", ""]
     for heading, headers, rows in sections(content):
-        escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in (headers, *rows)]
+        table: list[Sequence[object]] = [headers, *rows]
+        escaped = [[str(cell).replace("|", "\\|") for cell in row] for row in table]
         parts += [f"## {heading}", "", *markdown_table(escaped[0], escaped[1:])]
     parts += ["## Sign of I_post", "", *(f"- {line}" for line in _signs(content)), ""]
     parts += ["## Findings", "", *(f"- {line}" for line in content["comparison"]["findings"]), ""]

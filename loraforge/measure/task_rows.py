@@ -13,7 +13,7 @@ from loraforge.calibrate.base import load_config
 from loraforge.calibrate.encode import load_tokenizer, own_folder
 from loraforge.errors import LoraforgeError
 from loraforge.measure.subset import choose_subset, read_subset
-from loraforge.tasks import TaskData, TaskSpec, load_task, read_task_card, resolve_kind
+from loraforge.tasks import TaskData, TaskSpec, load_task, read_task_card, resolve_kind, task_labels
 
 HEADED = ("classification", "images")
 _FROM_CARD = ("text", "text_pair", "target", "max_length")
@@ -71,7 +71,8 @@ def read_rows_of(
     kind = resolve_kind(spec, config=config)
     named, space = None, "shared"
     if kind in HEADED:
-        named, space = _classes(labels, card, config, isinstance(model, nn.Module))
+        known = any("Classification" in name for name in getattr(config, "architectures", None) or ())
+        named, space = _classes(labels, card, spec, config, known or isinstance(model, nn.Module))
     if tokenizer is None and kind != "images":
         tokenizer = load_tokenizer(folder, f"task '{spec.id}'")
     data = load_task(spec, split, tokenizer=tokenizer, config=config, base=folder, head_labels=named, label_space=space,
@@ -88,7 +89,7 @@ def _filled(task: TaskSpec, card: Mapping[str, Any] | None) -> TaskSpec:
 
 
 def _classes(
-    labels: Sequence[str] | None, card: Mapping[str, Any] | None, config: Any, memory: bool
+    labels: Sequence[str] | None, card: Mapping[str, Any] | None, spec: TaskSpec, config: Any, headed: bool
 ) -> tuple[tuple[str, ...] | None, str]:
     """Names of the head's rows, or None where the task has to say them, and how they are made."""
     if labels is not None:
@@ -97,8 +98,11 @@ def _classes(
         return tuple(card["labels"]), card["label_space"]
     names = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items(), key=lambda i: int(i[0]))]
     made_up = names == [f"LABEL_{i}" for i in range(len(names))]
-    headed = memory or any("Classification" in name for name in getattr(config, "architectures", None) or ())
-    return (None if made_up or not headed else tuple(names)), "shared"
+    if made_up or not headed:
+        return None, "shared"
+    # A head of another task is replaced by a new one, as training would.
+    known = spec.labels is not None or spec.train is not None
+    return (None if known and not set(task_labels(spec)) <= set(names) else tuple(names)), "shared"
 
 
 def choose_rows(

@@ -45,11 +45,13 @@ class Trials:
         self._modules = modules
         self._watch = Watch(modules, layout, seed)
         self._body = unwrapped(model)
+        self._inputs = random_inputs(self._body, seed=seed) if inputs is None else dict(inputs)
         inner = getattr(self._body, "base_model", self._body)
         # Heads of models ask for more than their bodies do: a padding token, an end in every row.
         if inputs is None and isinstance(inner, nn.Module) and self._watch.within(inner):
-            self._body = inner
-        self._inputs = random_inputs(self._body, seed=seed) if inputs is None else dict(inputs)
+            plainer = random_inputs(inner, seed=seed)
+            if any(isinstance(value, Tensor) for value in plainer.values()):  # a mere wrapper names no inputs
+                self._body, self._inputs = inner, plainer
         self._random = inputs is None
         self._before: dict[int, Tensor] = {}
 
@@ -57,7 +59,7 @@ class Trials:
         """The undisturbed pass; gives the attentions that only pictures or sound reach, where these could not be made.
 
         Raises:
-            LoraforgeError and what the model's forward raises: It cannot be run on the inputs.
+            ValueError, RuntimeError, ...: What the model's forward raises that cannot be run on the inputs.
         """
         plain = words(self._inputs)
         try:
@@ -69,7 +71,7 @@ class Trials:
             self._inputs = plain
             self._before = self._run({})
         unreached = [i for i in range(len(self.layout.attentions)) if i not in self._before]
-        return unreached if self._random and self._inputs == plain and self._before else []
+        return unreached if self._random and len(self._inputs) == len(plain) and self._before else []
 
     def checks(self, every: bool) -> list[dict[str, Any]]:
         """All checks; `every` tries every head, not only the first, the last and a random one of each attention."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loraforge.linalg.pool import one_thread
 from loraforge.measure.changes import Changes
 from loraforge.measure.circuits import CIRCUITS, circuit_changes
 from loraforge.measure.layout import PARTS, Attention, HeadLayout
@@ -64,36 +65,46 @@ def head_lines(
     """
     weights, cache = changes.weights, settings.cache
     kept = NormsCache(cache, weights.checkpoint, layout, sha256=settings.base_sha256) if cache and weights else None
+    known = None if kept is None else kept.found
     lines: list[dict[str, Any]] = []
     base: list[PartNorms] = []
     squares = dict.fromkeys(PARTS, 0.0)
-    for index, attention in enumerate(layout.attentions):
-        if settings.progress is not None:
-            name = f"{attention.stack} {attention.kind} {attention.layer}"
-            settings.progress("update", name, index, len(layout.attentions))
-        places = [place for place in one_a_module(attention) if place.module]
-        updates = {place.module: changes.change(place) for place in places}
-        matrices: dict[str, Tensor] = {}
-        if weights is not None and (settings.circuits or kept is None or kept.found is None):
-            matrices = weights.of(attention)
-        if weights is not None:
-            base.append(part_norms(attention, matrices) if kept is None or kept.found is None else kept.found[index])
-        own = part_norms(attention, updates)
-        for part, norms in own.items():
-            squares[part] += float(norms.square().sum())
-        found = _norm_lines(attention, own, base[-1] if base else {}, settings)
-        extra: dict[str, list[float | None]] = {name: [None] * attention.n_q for name in CIRCUITS}
-        if settings.circuits and matrices:
-            extra |= circuit_changes(attention, matrices, updates)
-        if settings.bias:
-            biases = bias_norms(attention, {place.module: changes.bias(place) for place in places})
-            extra |= {f"U{name}": _by_head(attention, name[1], v, settings) for name, v in biases.items()}
-        factors = all(update is None or isinstance(update, LowRank) for update in updates.values())
-        source = "factors" if factors and changes.source == "factors" else "dense"
-        lines += [_ordered(line, extra, source) for line in found]
-    if kept is not None and kept.found is None:
+    # One thread: the matrices are small, and sums then do not depend on the number of cores.
+    with one_thread():
+        for index, attention in enumerate(layout.attentions):
+            if settings.progress is not None:
+                name = f"{attention.stack} {attention.kind} {attention.layer}"
+                settings.progress("update", name, index, len(layout.attentions))
+            matrices: dict[str, Tensor] = {}
+            if weights is not None and (known is None or settings.circuits):
+                matrices = weights.of(attention)
+            if weights is not None:
+                base.append(part_norms(attention, matrices) if known is None else known[index])
+            own, found = _attention_lines(changes, attention, matrices, base[-1] if base else {}, settings)
+            lines += found
+            for part, norms in own.items():
+                squares[part] += float(norms.square().sum())
+    if kept is not None and known is None:
         kept.keep(base)
     return lines, squares
+
+
+def _attention_lines(
+    changes: Changes, attention: Attention, matrices: Mapping[str, Tensor], base: PartNorms, settings: Settings
+) -> tuple[PartNorms, list[dict[str, Any]]]:
+    """Norms of the update of an attention's parts, and the lines of its heads."""
+    places = [place for place in one_a_module(attention) if place.module]
+    updates = {place.module: changes.change(place) for place in places}
+    own = part_norms(attention, updates)
+    extra: dict[str, list[float | None]] = {name: [None] * attention.n_q for name in CIRCUITS}
+    if settings.circuits and matrices:
+        extra |= circuit_changes(attention, matrices, updates)
+    if settings.bias:
+        biases = bias_norms(attention, {place.module: changes.bias(place) for place in places})
+        extra |= {f"U{name}": _by_head(attention, name[1], norms, settings) for name, norms in biases.items()}
+    factors = all(update is None or isinstance(update, LowRank) for update in updates.values())
+    source = "factors" if factors and changes.source == "factors" else "dense"
+    return own, [_ordered(line, extra, source) for line in _norm_lines(attention, own, base, settings)]
 
 
 def by_query_head(attention: Attention, part: str, norms: Tensor, *, kv_share: bool = True) -> Tensor:

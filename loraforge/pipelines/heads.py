@@ -176,9 +176,10 @@ def _compare(build: Build, full: Run, lora: Run) -> Stage:
 
         if progress is not None:
             progress(f"compare {full.task.id}-seed{full.seed}", "", 0, 1)
-        options = {"profile": settings.profile, "report": settings.plots}
-        options |= {"topk": settings.topk, "hi": settings.hi, "lo": settings.lo}
-        compare([full.folder, lora.folder], out, names=names, overwrite=True, **options)
+        compare(
+            [full.folder, lora.folder], out, names=names, profile=settings.profile, topk=settings.topk, hi=settings.hi,
+            lo=settings.lo, overwrite=True, report=settings.plots,
+        )  # fmt: skip
         return {}
 
     after = (f"measure:{full.name}", f"measure:{lora.name}")

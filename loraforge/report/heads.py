@@ -12,7 +12,6 @@ from loraforge.report import heads_words as words
 from loraforge.report.heads_axes import CASES
 from loraforge.report.heads_pictures import ALT, pictures, write_pictures
 from loraforge.report.page import code, facts, fold, page, points, section, table, text, write_page
-from loraforge.report.plots import svg
 from loraforge.report.sortable import SCRIPT, STYLE, sortable
 from loraforge.report.tables import Table, present
 
@@ -31,7 +30,11 @@ def run_html(content: Content) -> str:
     Args:
         content: As `measure.content.run_content` reads it.
     """
-    drawn = {name: svg(draw, ALT[name]) for name, draw in pictures(content).items()}
+    return _page(content, write_pictures(Path(), pictures(content), ALT, ("html",))[1])
+
+
+def _page(content: Content, drawn: Mapping[str, str]) -> str:
+    """The page with its pictures as inline SVG."""
     parts = [
         STYLE,
         f"<h1>{escape(str(content['name']))}</h1>",
@@ -75,9 +78,9 @@ def write_run_report(folder: str | Path, content: Content, formats: Sequence[str
     Raises:
         OSError: The disk refuses.
     """
-    written = write_pictures(Path(folder), pictures(content), ALT, formats)
+    written, drawn = write_pictures(Path(folder), pictures(content), ALT, formats)
     if "html" in formats:
-        written.append(write_page(Path(folder) / "report.html", run_html(content)))
+        written.append(write_page(Path(folder) / "report.html", _page(content, drawn)))
     return written
 
 

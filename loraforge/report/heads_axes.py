@@ -144,13 +144,13 @@ def bars(axes: Axes, rows: Sequence[Bar], limits: tuple[float, float], form: str
     plain_numbers(axes, "x")
 
 
-def null_key(drawn: Figure, extra: Sequence[Any] = (), loc: str = "outside lower left") -> None:
+def null_key(drawn: Figure, extra: Sequence[Any] = ()) -> None:
     """The legend that says what the grey behind the numbers is."""
     from matplotlib.patches import Patch
 
     grey = Patch(facecolor=GRID, alpha=0.75, label="where 95 % of values fall by chance")
     handles = [*extra, grey]
-    drawn.legend(handles=handles, loc=loc, ncols=min(len(handles), 4), fontsize=10, columnspacing=1.6)
+    drawn.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), 4), fontsize=10, columnspacing=1.6)
 
 
 def symmetric(values: Sequence[float | None], least: float = 0.0) -> tuple[float, float]:
@@ -175,7 +175,7 @@ def place_labels(
     """
     from matplotlib.transforms import Bbox
 
-    drawn.draw_without_rendering()  # type: ignore[no-untyped-call]
+    drawn.draw_without_rendering()
     frame, unit = axes.get_window_extent(), drawn.dpi / 72
     dots = [tuple(axes.transData.transform(point)) for point in points]
     taken: list[Any] = []

@@ -15,7 +15,6 @@ from loraforge.report.heads_charts import head_key, known
 from loraforge.report.heads_pictures import Draw, write_pictures
 from loraforge.report.heads_spectra_charts import has_ranks, ranks_chart
 from loraforge.report.page import code, facts, fold, page, points, section, table, text, write_page
-from loraforge.report.plots import svg
 from loraforge.report.sortable import SCRIPT, STYLE, sortable
 from loraforge.report.tables import Table, present
 
@@ -61,14 +60,18 @@ def compare_html(content: Content) -> str:
     Args:
         content: As `measure.content.compare_content` reads it.
     """
-    drawn = {name: svg(draw, ALT[name]) for name, draw in compare_pictures(content).items()}
+    return _page(content, write_pictures(Path(), compare_pictures(content), ALT, ("html",))[1])
+
+
+def _page(content: Content, drawn: Mapping[str, str]) -> str:
+    """The page with its pictures as inline SVG."""
     names = content["names"]
     parts = [
         STYLE,
         f"<h1>{escape(' against '.join(names) if len(names) < 3 else ', '.join(names))}</h1>",
         text(content["findings"][0] if content["findings"] else "The same heads in several runs.", "lead"),
         _facts(content),
-        points([_verdict(content, name) for name in names]),
+        points(f"{name}: {words.verdict(content['runs'][name])}" for name in names),
         points(content["findings"][1:]) if len(content["findings"]) > 1 else "",
         *(text(str(note), "warn") for note in content["warnings"]),
         section("The statistics, run by run", drawn["compare_stats"], table(statistics_table(content)),
@@ -101,9 +104,9 @@ def write_compare_report(
     Raises:
         OSError: The disk refuses.
     """
-    written = write_pictures(Path(folder), compare_pictures(content), ALT, formats)
+    written, drawn = write_pictures(Path(folder), compare_pictures(content), ALT, formats)
     if "html" in formats:
-        written.append(write_page(Path(folder) / "report.html", compare_html(content)))
+        written.append(write_page(Path(folder) / "report.html", _page(content, drawn)))
     return written
 
 
@@ -183,10 +186,6 @@ def _facts(content: Content) -> str:
     for title, key in (("same base", "same_base"), ("same start", "same_start")):
         shown[title] = same.get(content["comparison"].get(key))
     return facts({name: value for name, value in shown.items() if value is not None})
-
-
-def _verdict(content: Content, name: str) -> str:
-    return f"{name}: {words.verdict(content['runs'][name])}"
 
 
 def _differences(content: Content) -> str:

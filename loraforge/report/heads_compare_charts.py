@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Content = Mapping[str, Any]
-_DASHES = ("-", "--", "-.", ":")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":")
 _NEUTRAL = "#7a828c"
 
 
@@ -96,7 +96,7 @@ def stats_chart(content: Content) -> Iterator[Figure]:
         ):
             _beside(axes, group, limits, form)
             axes.set_title(title, fontsize=12)
-        drawn.get_layout_engine().set(wspace=0.05, hspace=0.04)
+        drawn.set_layout_engine("constrained", wspace=0.05, hspace=0.04)
         null_key(drawn, run_keys(styles))
         yield drawn
 

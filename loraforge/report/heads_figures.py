@@ -21,8 +21,8 @@ Content = Mapping[str, Any]
 PARTS = ("q", "k", "v", "o")
 # Up to this many heads a cell has room for its number.
 NUMBERED = 144
-# Shades of a heatmap; more would turn the colour bar into an embedded picture.
-_SHADES = 49
+# Shades of a heatmap; from 49 on matplotlib embeds the colour bar as a picture. Odd, so that 0 is one of them.
+_SHADES = 47
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ ALT = {
     "fig_heatmap_U": "Heatmap of the relative update by layer and head",
     "fig_heatmap_G": "Heatmap of the gradient on the gate by layer and head",
     "fig_components": "Stacked bars of the squared update of query, key, value and output projections by layer",
-    "fig_spectrum": "Singular values of the modules' updates, and their effective rank by layer",
+    "fig_spectrum": "Singular values of the updates of the modules, and their effective rank by layer",
     "fig_path": "The update's size along the training",
 }
 
@@ -66,7 +66,9 @@ def pictures(content: Content) -> dict[str, Draw]:
         ("fig_heatmap_G", partial(figures.heatmap_chart, column="G"), ("G",)),
         ("fig_components", figures.components_chart, ("Uq", "Uk", "Uv", "Uo")),
     ]
-    found = {name: partial(draw, content) for name, draw, columns in wanted if not columns or known(rows, *columns)}
+    found: dict[str, Draw] = {
+        name: partial(draw, content) for name, draw, columns in wanted if not columns or known(rows, *columns)
+    }
     if any(present(line.get("sv")) for line in content["spectrum"]):
         found["fig_spectrum"] = partial(spectra.spectrum_chart, content)
     if content["path"] is not None and len(content["path"].get("steps") or ()) > 1:
@@ -76,19 +78,36 @@ def pictures(content: Content) -> dict[str, Draw]:
 
 def write_pictures(
     folder: Path, found: Mapping[str, Draw], alt: Mapping[str, str], formats: Sequence[str]
-) -> list[Path]:
-    """Writes pictures as NAME.png and NAME.svg; an SVG file stands alone and has the same bytes each time."""
-    written = []
+) -> tuple[list[Path], dict[str, str]]:
+    """Writes pictures as NAME.png and NAME.svg; each is drawn once for all formats.
+
+    Returns:
+        The files in the order written, and name -> the picture as inline SVG (empty with png alone).
+    """
+    written: list[Path] = []
+    inline: dict[str, str] = {}
     for name, draw in found.items():
-        if "png" in formats:
-            with whole_file(folder / f"{name}.png") as draft:
-                save_png(draw, draft, dpi=DPI)
-            written.append(folder / f"{name}.png")
+        with settled(draw) as again:
+            if "png" in formats:
+                with whole_file(folder / f"{name}.png") as draft:
+                    save_png(again, draft, dpi=DPI)
+                written.append(folder / f"{name}.png")
+            if set(formats) & {"svg", "html"}:
+                inline[name] = svg(again, alt[name])
         if "svg" in formats:
             with whole_file(folder / f"{name}.svg") as draft:
-                draft.write_text(alone(svg(draw, alt[name])), encoding="utf-8")
+                draft.write_text(alone(inline[name]), encoding="utf-8")
             written.append(folder / f"{name}.svg")
-    return written
+    return written, inline
+
+
+@contextmanager
+def settled(draw: Draw) -> Iterator[Draw]:
+    """A picture that is drawn and laid out once, however often it is then saved: as long as all saving takes."""
+    with draw() as drawn:
+        drawn.draw_without_rendering()
+        drawn.set_layout_engine("none")
+        yield lambda: nullcontext(drawn)
 
 
 def alone(inline: str) -> str:

@@ -14,7 +14,6 @@ from loraforge.report.heads_compare import STATISTICS
 from loraforge.report.heads_pictures import Draw, write_pictures
 from loraforge.report.heads_seeds_charts import groups_of
 from loraforge.report.page import facts, page, points, section, table, text, write_page
-from loraforge.report.plots import svg
 from loraforge.report.tables import Table, present
 
 Content = Mapping[str, Any]
@@ -45,7 +44,11 @@ def seeds_html(content: Content) -> str:
     Args:
         content: As `measure.content.seeds_content` reads it.
     """
-    drawn = {name: svg(draw, ALT[name]) for name, draw in seeds_pictures(content).items()}
+    return _page(content, write_pictures(Path(), seeds_pictures(content), ALT, ("html",))[1])
+
+
+def _page(content: Content, drawn: Mapping[str, str]) -> str:
+    """The page with its pictures as inline SVG."""
     tasks = list(dict.fromkeys(str(run.get("task")) for run in content["runs"]))
     shown = {"runs": len(content["runs"]), "methods": len(content["statistics"]), "tasks": len(tasks),
              "seeds": len({run.get("seed") for run in content["runs"]})}  # fmt: skip
@@ -82,9 +85,9 @@ def write_seeds_report(folder: str | Path, content: Content, formats: Sequence[s
     Raises:
         OSError: The disk refuses.
     """
-    written = write_pictures(Path(folder), seeds_pictures(content), ALT, formats)
+    written, drawn = write_pictures(Path(folder), seeds_pictures(content), ALT, formats)
     if "html" in formats:
-        written.append(write_page(Path(folder) / "report.html", seeds_html(content)))
+        written.append(write_page(Path(folder) / "report.html", _page(content, drawn)))
     return written
 
 

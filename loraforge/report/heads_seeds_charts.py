@@ -43,7 +43,7 @@ def statistics_chart(content: Content) -> Iterator[Figure]:
         for axes, key in zip(grid[0], keys, strict=False):
             for place, (method, _, found) in enumerate(groups):
                 _spread(axes, place, found.get(key) or {}, styles[method])
-            band = content.get("rho95")
+            band: Any = content.get("rho95")
             if "rho" in key and present(band):
                 axes.axvspan(-band, band, color=GRID, alpha=0.75, linewidth=0, zorder=0.5)
             axes.axvline(0, color=INK, linewidth=0.9)

@@ -106,7 +106,7 @@ def ranks_chart(content: Content) -> Iterator[Figure]:
                 colour, marker = styles[name]
                 places = [i if line.get("layer") is None else line["layer"] for i, line in enumerate(own)]
                 axes.plot(places, [line["eff_rank"] for line in own], "-", marker=marker, color=colour, markersize=5)
-                ceilings = {line.get("rank") for line in own} if _is_lora(content["runs"][name]) else set()
+                ceilings: set[Any] = {line.get("rank") for line in own} if _is_lora(content["runs"][name]) else set()
                 for rank in sorted(rank for rank in ceilings if present(rank)):
                     axes.axhline(rank, color=colour, linewidth=1, linestyle=":")
             axes.set_title(part, fontsize=12)

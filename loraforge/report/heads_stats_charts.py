@@ -70,7 +70,7 @@ def stats_chart(content: Content) -> Iterator[Figure]:
         left.set_title("rank correlation", fontsize=12)
         middle.set_title(f"overlap of the top {content['stats'].get('topk', '')}", fontsize=12)
         right.set_title("cases (heads)", fontsize=12)
-        drawn.get_layout_engine().set(wspace=0.06)
+        drawn.set_layout_engine("constrained", wspace=0.06)
         null_key(drawn)
         yield drawn
 

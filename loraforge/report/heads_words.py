@@ -40,7 +40,8 @@ def verdict(content: Content) -> str:
 def relation(content: Content, key: str) -> str:
     """A rank correlation in words, beside its chance band; empty where it is undefined."""
     entry = content["rho"].get(key) or {}
-    rho, band = entry.get("rho"), entry.get("rho95") or content["null"].get("rho95")
+    rho: Any = entry.get("rho")
+    band: Any = entry.get("rho95") or content["null"].get("rho95")
     if not present(rho):
         return ""
     pair, heads, what = _WORDS[key]
@@ -61,7 +62,7 @@ def findings(content: Content) -> list[str]:
     overlap, k = stats.get("topk_overlap_Ipre_Urel"), stats.get("topk")
     if overlap is not None and present(overlap) and k:
         chance = ""
-        if present(null.get("overlap_expected")):
+        if all(present(null.get(f"overlap_{name}")) for name in ("expected", "lo", "hi")):
             low, high = (round(k * null[end]) for end in ("overlap_lo", "overlap_hi"))
             chance = f"; chance expects {k * null['overlap_expected']:.1f} (95 %: {low} to {high})"
         same = round(k * overlap)
@@ -87,8 +88,8 @@ def _cases(content: Content, name: str) -> str:
 def warnings(content: Content) -> list[str]:
     """What a reader must know before any number: notes of the files, what is missing, a random classifier."""
     pre = content["importance"].get("pre") or {}
-    settings = pre.get("settings") if isinstance(pre.get("settings"), Mapping) else {}
-    objective = pre.get("objective") or settings.get("objective")
+    settings = pre.get("settings")
+    objective = pre.get("objective") or (settings.get("objective") if isinstance(settings, Mapping) else None)
     told = [CAVEATS[0]] if objective == "task" else []
     return [*told, *content["notes"]]
 

@@ -89,7 +89,7 @@ def sortable(data: Table, name: str) -> str:
     )
     tools = (
         f'<p class="tools note" hidden><label>Show only {escape(name)} with <input type="search" '
-        'placeholder="L3, static, ..."></label> <output aria-live="polite"></output></p>'
+        'placeholder="L3, static, ..."/></label> <output aria-live="polite"></output></p>'
     )
     caption = f'<p class="note">{escape(data.caption)}</p>' if data.caption else ""
     return (

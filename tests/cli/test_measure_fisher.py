@@ -8,7 +8,7 @@ import torch
 
 from loraforge.cli.measure._subject import read_spec, read_subset_option
 from loraforge.errors import UsageError
-from loraforge.tasks import load_model
+from loraforge.tasks import load_model, parse_task, write_task_card
 from tests.cli.conftest import only_object
 from tests.measure.subjects import LABELS, rows_of
 from tests.tasks.tiny import tiny_base, write_rows
@@ -16,7 +16,7 @@ from tests.tasks.tiny import tiny_base, write_rows
 # Every head of this base is a random one, which one test looks at.
 pytestmark = pytest.mark.filterwarnings("always:the head .* has random weights:UserWarning")
 NOTHING = dict.fromkeys(
-    ["task", "data", "text_keys", "label_key", "target_key", "train", "labels", "max_length"]
+    ["model", "adapter", "task", "data", "text_keys", "label_key", "target_key", "train", "labels", "max_length"]
 ) | {"split": "test", "objective": "task"}  # fmt: skip
 
 
@@ -115,6 +115,12 @@ def test_a_pair_of_texts():
     spec = read_spec(NOTHING | {"data": "dir/my rows.jsonl", "text_keys": "a, b", "label_key": "gold", "labels": "n,y"})
     assert (spec.id, spec.test, spec.text, spec.text_pair) == ("my-rows", "dir/my rows.jsonl", "a", "b")
     assert (spec.label, spec.labels) == ("gold", ["n", "y"])
+
+
+def test_data_is_read_as_the_trained_task(tmp_path):
+    """The task of task.json, so that its length and fields are taken over."""
+    write_task_card(tmp_path, parse_task({"id": "isear"}, "test"), "classification", LABELS, None)
+    assert read_spec(NOTHING | {"data": "t.jsonl", "adapter": str(tmp_path), "model": "x"}).id == "isear"
 
 
 def test_a_task_file(tmp_path):

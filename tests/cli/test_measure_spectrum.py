@@ -38,7 +38,7 @@ def test_with_the_base(run: Run, places: dict[str, str]) -> None:
 
 def test_an_adapter_alone(run: Run, places: dict[str, str]) -> None:
     options = ("measure", "spectrum", "--adapter", places["adapter"], "--heads", "4")
-    found = only_object(run(*options, "--no-heads-too", "--json"))
+    found = only_object(run(*options, "--no-per-head", "--json"))
     assert len(found["lines"]) == 8 and found["heads"] == [] and "n_intruder" not in found["lines"][0]
     human = run(*options)
     assert human.exit_code == 0 and "rank use" in human.stdout and "--base" in human.stderr

@@ -73,7 +73,9 @@ def drawn_run(
     files = {
         "importance_pre.jsonl": lines(lambda layer, head: {"I": float(first[layer, head])}),
         "importance_post.jsonl": lines(after),
-        "gradfisher_pre.jsonl": lines(lambda *_: dict(zip("GF", random.random(2).tolist(), strict=True)) | {"Ppred": 0.5}),
+        "gradfisher_pre.jsonl": lines(
+            lambda *_: dict(zip("GF", random.random(2).tolist(), strict=True)) | {"Ppred": 0.5}
+        ),
         "update.jsonl": lines(update),
     }
     return write_run(folder, files, **config)

@@ -1,4 +1,4 @@
-"""Folders of measured runs, written line by line as the measurements leave them, from the rows of the reports' tests."""
+"""Folders of measured runs as the measurements leave them, from the rows that the reports' tests are made of."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ def write_measurements(
             for x in make_spectrum(layers, 4, seed)
         ]  # fmt: skip
         write_lines(folder / "spectrum.jsonl", spectrum)
-        path = {"steps": [0, 8, 64], "total": {"U": [0.0, 0.5, 1.0], "half_step": 8.0}, "rank_correlation": [None, 0.6, 1.0]}
+        path = {
+            "steps": [0, 8, 64],
+            "total": {"U": [0.0, 0.5, 1.0], "half_step": 8.0},
+            "rank_correlation": [None, 0.6, 1.0],
+        }
         (folder / "path.json").write_text(json.dumps(path), encoding="utf-8")
         ways = [{"layer": r["layer"], "head": r["head"], "U": [0.0, 0.3 * r["U"], r["U"]]} for r in rows]
         write_lines(folder / "path.jsonl", ways)

@@ -19,12 +19,13 @@ SLOPE = {"rtol": 0.0, "atol": 2e-8}
 
 
 def rows(n: int = 7, seed: int = 0) -> list[dict[str, str]]:
-    """Texts of 3 to 7 words with a class and an answer."""
+    """Texts of 3 or 6 words, with a class and an answer: batches are padded, and rows of one length can go together."""
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(n):
-        words = [str(word) for word in rng.choice(WORDS, rng.integers(3, 8))]
-        answer = " ".join(str(word) for word in rng.choice(WORDS, rng.integers(1, 4)))
+        size = int(rng.integers(1, 3))
+        words = [str(word) for word in rng.choice(WORDS, 3 * size)]
+        answer = " ".join(str(word) for word in rng.choice(WORDS, size))
         found.append({"text": " ".join(words), "label": str(rng.choice(LABELS)), "target": answer})
     found[0]["label"], found[1]["label"] = LABELS
     return found

@@ -111,6 +111,20 @@ def test_fisher_numbers_of_a_bert(bert: Bert, batch: int | None, relative: bool)
         assert all(line["Ppred"] > 0.9 for line in lines)
 
 
+def test_the_documents_fisher_and_importance_of_a_bert(bert: Bert) -> None:
+    # The base has no dropout: its training mode is its evaluation mode.
+    expected = oracle.fisher(bert.slopes, batch=16, relative=False)
+    lines = measure_fisher(bert.subject, profile="document")
+    assert all(list(line) == ["layer", "head", "G", "F", "Ppred", "n_batches"] for line in lines)
+    for name in ("G", "F"):
+        np.testing.assert_allclose([line[name] for line in lines], expected[name], rtol=1e-6, atol=2e-8)
+    np.testing.assert_allclose([line["Ppred"] for line in lines], expected["Ppred"], rtol=1e-3)
+    rises = network.exact(bert.model, *bert.inputs)
+    for line in measure_importance(bert.subject, profile="document"):
+        assert line["n"] == len(rises)
+        np.testing.assert_allclose(line["I"], rises[:, line["layer"], line["head"]].mean(), **CLOSE)
+
+
 def test_divergence_of_a_bert_from_itself(bert: Bert) -> None:
     def logs(gates: np.ndarray | None = None) -> np.ndarray:
         z = bert.model.logits(*bert.inputs[:2], gates)

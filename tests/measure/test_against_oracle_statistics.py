@@ -77,6 +77,12 @@ def shuffled(run: Run) -> Run:
     return {name: [lines[i] for i in rng.permutation(len(lines))] for name, lines in run.items()}
 
 
+def with_nulls(run: Run) -> Run:
+    """Numbers that could not be measured are null in the files."""
+    run["pre"][3]["I"] = run["post"][4]["I"] = run["update"][5]["Urel"] = run["fisher"][6]["Ppred"] = None
+    return run
+
+
 RUNS = {
     "whole": make_run(),
     "other": make_run(6, 8, seed=1),
@@ -85,6 +91,7 @@ RUNS = {
     "no-post": without_post(make_run(6, 8, seed=4)),
     "no-fisher": without_fisher(make_run(6, 8, seed=5)),
     "gaps": with_gaps(make_run(6, 8, seed=6)),
+    "nulls": with_nulls(make_run(6, 8, seed=8)),
     "any-order": shuffled(make_run(6, 8, seed=7)),
 }
 

@@ -14,13 +14,14 @@ from scipy.stats import spearmanr
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.measure.aggregate import aggregate
 from loraforge.measure.joined import csv_text, join_heads, read_heads
-from tests.measure.golden import G, HEADS, I_POST, I_PRE, UREL, U, document_lines, write_run
+from tests.measure.golden import HEADS, I_POST, I_PRE, UREL, G, U, document_lines, write_run
 
 HEADER = "layer,head,I_pre,I_post,U,Urel,G,F,Ppred,Uq,Uk,Uv,Uo"
 STATS = {
     "spearman_rho_Ipre_U", "spearman_rho_Ipre_Urel", "topk_overlap_Ipre_U", "topk_overlap_Ipre_Urel", "topk", "n_heads",
-    "n_heads_Ipost", "topk_overlap_Ipre_Ipost", "spearman_rho_Ipost_U", "spearman_rho_Ipost_Urel", "spearman_rho_Ipost_G",
-    "spearman_rho_Ipost_F", "spearman_rho_Ipost_Ppred", "n_important_but_static", "n_plastic_but_unimportant",
+    "n_heads_Ipost", "topk_overlap_Ipre_Ipost", "spearman_rho_Ipost_U", "spearman_rho_Ipost_Urel",
+    "spearman_rho_Ipost_G", "spearman_rho_Ipost_F", "spearman_rho_Ipost_Ppred", "n_important_but_static",
+    "n_plastic_but_unimportant",
 }  # fmt: skip
 
 
@@ -202,7 +203,11 @@ def test_strict_wants_intervals_above_zero(tmp_path: Path) -> None:
         aggregate(write_run(tmp_path), strict=True)
     files = document_lines()
     for line in files["importance_pre.jsonl"]:
-        line |= {"ci_lo": line["I"] - (0.1 if (line["layer"], line["head"]) != (2, 0) else 0.9), "ci_hi": 9.0, "se": 0.1}
+        line |= {
+            "ci_lo": line["I"] - (0.1 if (line["layer"], line["head"]) != (2, 0) else 0.9),
+            "ci_hi": 9.0,
+            "se": 0.1,
+        }
     write_run(tmp_path, files)
     loose, strict = aggregate(tmp_path), aggregate(tmp_path, strict=True)
     assert [(c["layer"], c["head"]) for c in loose["cases"]["important_but_static"]] == [(2, 0)]

@@ -127,14 +127,18 @@ def test_findings_of_what_cannot_be_computed(tmp_path: Path) -> None:
 
 
 def test_three_methods_are_compared_in_pairs(pair: list[Path], tmp_path: Path) -> None:
-    third = drawn_run(tmp_path / "c", 3, method="LoRA", rank=16, base_sha256="aa", theta0_sha256="cc", task="RTE", seed=1)
+    third = drawn_run(
+        tmp_path / "c", 3, method="LoRA", rank=16, base_sha256="aa", theta0_sha256="cc", task="RTE", seed=1
+    )
     found = compare([*pair, third], tmp_path / "out", report=False, draws=50)
     pairs = [(p["a"], p["b"]) for p in found["comparison"]["pairs"]]
     assert pairs == [("FFT", "LoRA-r8"), ("FFT", "LoRA-r16"), ("LoRA-r8", "LoRA-r16")]
 
 
 def test_different_bases_and_rows_are_refused_together(pair: list[Path], tmp_path: Path) -> None:
-    other = drawn_run(tmp_path / "b", 2, start=7, method="LoRA", rank=4, base_sha256="bb", theta0_sha256="dd", task="RTE", seed=2)
+    other = drawn_run(
+        tmp_path / "b", 2, start=7, method="LoRA", rank=4, base_sha256="bb", theta0_sha256="dd", task="RTE", seed=2
+    )
     (other / "eval_subset.json").write_text("[4, 1, 2]", encoding="utf-8")
     with pytest.raises(InputProblems) as caught:
         compare([pair[0], other], tmp_path / "out", report=False)
@@ -144,7 +148,12 @@ def test_different_bases_and_rows_are_refused_together(pair: list[Path], tmp_pat
         [pair[0], other], tmp_path / "out", report=False, allow_different_base=True, allow_different_subset=True
     )["comparison"]
     told = " ".join(found["warnings"])
-    for words in ("different base weights", "different rows", "the starts differ", "differ in seed (FFT: 1, LoRA-r4: 2)"):
+    for words in (
+        "different base weights",
+        "different rows",
+        "the starts differ",
+        "differ in seed (FFT: 1, LoRA-r4: 2)",
+    ):
         assert words in told
     # Two starts: the importance before training is two measurements.
     assert "I_pre" in found["pairs"][0]["between"] and found["same_base"] is False

@@ -28,12 +28,9 @@ PLACES = {
     "transformer.h.4.attn.c_proj": ("dec", "self", 4, "o", "transformer.h.4"),
     "transformer.h.4.crossattention.q_attn": ("dec", "cross", 4, "q", "transformer.h.4"),
     "gpt_neox.layers.1.attention.dense": ("dec", "self", 1, "o", "gpt_neox.layers.1"),
-    "transformer.h.1.self_attention.query_key_value": ("dec", "self", 1, "qkv", "transformer.h.1"),
-    "transformer.h.1.attn.attention.out_proj": ("dec", "self", 1, "o", "transformer.h.1"),
     "encoder.block.1.layer.0.SelfAttention.o": ("enc", "self", 1, "o", "encoder.block.1"),
     "decoder.block.2.layer.1.EncDecAttention.k": ("dec", "cross", 2, "k", "decoder.block.2"),
     "model.decoder.layers.3.encoder_attn.out_proj": ("dec", "cross", 3, "o", "model.decoder.layers.3"),
-    "model.decoder.layers.3.self_attn.out_proj": ("dec", "self", 3, "o", "model.decoder.layers.3"),
     "text_decoder.bert.encoder.layer.0.crossattention.output.dense": (
         "dec", "cross", 0, "o", "text_decoder.bert.encoder.layer.0",
     ),
@@ -43,13 +40,11 @@ PLACES = {
 }  # fmt: skip
 NOT_ATTENTION = [
     "encoder.layer.3.output.dense",
-    "encoder.layer.3.intermediate.dense",
     "encoder.layer.3.attention.self.dense",
     "encoder.layer.3.attention.output.query",
     "pooler.dense",
     "transformer.h.4.mlp.c_proj",
     "model.layers.7.mlp.Wo",
-    "model.layers.7.mlp.down_proj",
     "model.layers.7.self_attn.kv_b_proj",
     "model.layers.0.linear_attn.out_proj",
     "model.layers.0.mamba.out_proj",

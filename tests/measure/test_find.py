@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loraforge.checkpoints import open_checkpoint
@@ -75,6 +79,32 @@ def test_a_base_with_its_head_has_the_layout_of_its_file(family: str, tmp_path: 
     there = layout_of_checkpoint(open_checkpoint(base))
     loaded = layout_of_model(Loader.from_pretrained(base))
     assert there.heads == loaded.heads
+
+
+def test_heads_that_a_composed_model_leaves_out_of_its_file_are_found(tmp_path: Path) -> None:
+    model = composed("llava")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    # As transformers writes it where the number is the default of the part, 12 in CLIP's.
+    del config["vision_config"]["num_attention_heads"]
+    config["vision_config"]["hidden_size"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "model.safetensors"
+    tensors = {n: torch.zeros(24, 24) if ".out_proj.weight" in n else t for n, t in load_file(file).items()}
+    save_file({n: t for n, t in tensors.items() if "vision" not in n or "out_proj.weight" in n}, file)
+    layout = layout_of_checkpoint(open_checkpoint(tmp_path))
+    assert {(a.stack, a.n_q, a.o.size) for a in layout.attentions} == {("enc", 12, 2), ("dec", 4, 4)}
+
+
+def test_a_plain_checkpoint_is_laid_out_without_transformers(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    script = (
+        "import sys; from loraforge.checkpoints import open_checkpoint; from loraforge.measure.find import "
+        f"layout_of_checkpoint as of; found = of(open_checkpoint({str(tmp_path)!r})); "
+        "print(len(found.heads), 'transformers' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["8", "False"]
 
 
 def test_hybrid_models_say_which_layers_they_pass_over() -> None:

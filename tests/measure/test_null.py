@@ -17,7 +17,9 @@ N, K = 144, 20
 
 def exact_rhos(n: int) -> list[float]:
     """|rho| of every order of n values without ties."""
-    return [abs(1 - 6 * sum((i - p) ** 2 for i, p in enumerate(order)) / (n**3 - n)) for order in permutations(range(n))]
+    return [
+        abs(1 - 6 * sum((i - p) ** 2 for i, p in enumerate(order)) / (n**3 - n)) for order in permutations(range(n))
+    ]
 
 
 @pytest.mark.parametrize("n", [3, 5, 7])

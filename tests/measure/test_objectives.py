@@ -86,8 +86,10 @@ def test_kl_needs_no_right_labels(subjects):
         assert torch.equal(
             objective.losses(subject.model, batch, reference), objective.losses(subject.model, other, reference)
         )
-        with pytest.raises(LoraforgeError, match="reference"):
+        with pytest.raises(LoraforgeError, match="needs a reference"):
             objective.losses(subject.model, batch)
+        with pytest.raises(LoraforgeError, match="of another batch"):
+            objective.losses(subject.model, batch, reference[:3])
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])

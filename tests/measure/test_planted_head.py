@@ -1,8 +1,8 @@
 """A head that carries the label, by construction: after training by either method exact ablation ranks it first.
 
-Every head but one looks at the first token alone, by a margin at which the softmax and its gradient are zero in float32,
-so that no training can turn it elsewhere; the one left looks at the word that the label is. No other way leads from that
-word to the classifier, which reads the first token.
+Every head but one looks at the first token alone, by a margin at which the softmax and its gradient are zero in
+float32, so that no training can turn it elsewhere; the one left looks at the word that the label is. No other way leads
+from that word to the classifier, which reads the first token.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ import torch
 
 from loraforge.errors import LoraforgeError
 from loraforge.measure.objectives import make_objective
+from loraforge.measure.probe import head_parameters
 from loraforge.measure.subject import open_subject
-from tests.measure.subjects import losses_of, opened, spec_of
+from tests.measure.subjects import losses_of, opened, spec_of, write_adapter
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,19 @@ def test_probe_without_training_rows(folder):
     subject = open_subject(folder / "bert", task=replace(spec_of(folder), train=None))
     with pytest.raises(LoraforgeError, match="never on the measured ones, and the task has none"):
         make_objective("probe", subject)
+
+
+def test_probe_of_an_adapter_trains_its_own_head(folder, tmp_path):
+    """PEFT keeps two heads; the one that answers is trained, and neither changes."""
+    opened(folder, "bert")
+    write_adapter(folder, folder / "bert", tmp_path / "lora")
+    with open_subject(folder / "bert", adapter=tmp_path / "lora", task=spec_of(folder)) as subject:
+        before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+        names = head_parameters(subject.model)
+        objective = make_objective("probe", subject, probe_steps=20, probe_lr=3e-2)
+        task = make_objective("task", subject)
+        assert torch.cat(losses_of(objective, subject)).mean() < torch.cat(losses_of(task, subject)).mean()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in subject.model.state_dict().items())
+    assert [name.partition("classifier.")[2] for name in names] == [
+        "modules_to_save.default.weight", "modules_to_save.default.bias",
+    ]  # fmt: skip

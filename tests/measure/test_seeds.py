@@ -66,7 +66,9 @@ def test_kendalls_w_with_ties_is_friedmans() -> None:
     columns = random.integers(5, size=(4, 20)).astype(float)
     friedman = friedmanchisquare(*columns.T)
     found = stability(columns)
-    assert found["kendall_w"] == pytest.approx(friedman.statistic / (4 * 19)) and found["p"] == pytest.approx(friedman.pvalue)
+    assert found["kendall_w"] == pytest.approx(friedman.statistic / (4 * 19)) and found["p"] == pytest.approx(
+        friedman.pvalue
+    )
 
 
 def test_stability_where_there_is_nothing_to_compare() -> None:

@@ -15,7 +15,7 @@ from loraforge.tasks import load_model, parse_task, write_task_card
 from loraforge.training.job import Request, prepare
 from loraforge.training.options import LoraOptions
 from tests.measure.subjects import LABELS, opened, spec_of, write_adapter
-from tests.tasks.tiny import tiny_base
+from tests.tasks.tiny import tiny_base, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,18 @@ def test_a_model_without_classes_takes_the_tasks(folder):
     assert named.record["labels"] == ["yes", "no"]
 
 
+def test_the_head_of_a_trained_model_and_of_another_task(folder, tmp_path):
+    """A model whose configuration names its classes keeps its head for a task of these, and gets a new one else."""
+    model, _, _ = load_model(folder / "bert", "classification", head_labels=["yes", "no"], seed=5)
+    model.save_pretrained(tmp_path / "trained")
+    tokenizer = opened(folder, "bert").tokenizer
+    same = open_subject(tmp_path / "trained", task=spec_of(folder), tokenizer=tokenizer)
+    assert same.record["labels"] == ["yes", "no"] and same.record["head"] == "trained"
+    other = replace(spec_of(folder), labels={"no": "bad", "yes": "good"})
+    fresh = open_subject(tmp_path / "trained", task=other, tokenizer=tokenizer)
+    assert fresh.record["labels"] == ["bad", "good"] and fresh.record["head"] == "fresh"
+
+
 def test_images(folder, tmp_path):
     from PIL import Image
 
@@ -193,3 +205,18 @@ def test_images(folder, tmp_path):
     subject = open_subject(base, task=task, batch_size=3)
     assert [tuple(batch.inputs["pixel_values"].shape) for batch in subject.batches()] == [(3, 3, 8, 8), (1, 3, 8, 8)]
     assert len(subject.layout.heads) == 4 and bool(losses_of(subject).gt(0).all())
+
+
+def test_captions_have_the_heads_of_both_parts(tmp_path):
+    from PIL import Image
+
+    rows = [{"image": f"{number}.png", "target": f"red {word}"} for number, word in enumerate(["cat", "dog up", "sun"])]
+    for row in rows:
+        Image.new("RGB", (8, 8), (80, 40, 0)).save(tmp_path / row["image"])
+    base = tiny_base(tmp_path / "blip", "blip")
+    task = parse_task({"id": "c", "test": str(write_rows(tmp_path / "rows.jsonl", rows))}, "test")
+    subject = open_subject(base, task=task, batch_size=2)
+    places = [(a.stack, a.kind, a.layer) for a in subject.layout.attentions]
+    vision = [("enc", "self", 0), ("enc", "self", 1)]
+    assert places == [*vision, *(("dec", kind, layer) for layer in range(2) for kind in ("self", "cross"))]
+    assert bool(losses_of(subject).gt(0).all())

@@ -404,6 +404,18 @@ def test_real_adapters(name: str, data_dir: Path) -> None:
     assert all(math.isfinite(line["U"]) for line in result.lines) and len(result.lines) % 12 == 0
 
 
+def test_an_adapter_of_other_modules_alone(tmp_path: Path) -> None:
+    """Nothing of it is in a head: zeros that are true, with a warning."""
+    from tests.adapters.folders import simple
+
+    case = CASES["mha"]
+    base = write_base(tmp_path / "base", case, extra={"model.layers.0.mlp.up_proj.weight": torch.ones(24, 16)})
+    adapter = simple(tmp_path / "a", modules={"model.layers.0.mlp.up_proj": (24, 2, 16)}, r=2)
+    result = update_from_factors(adapter, base=base)
+    assert {line["U"] for line in result.lines} == {0.0} and {line["Urel"] for line in result.lines} == {0.0}
+    assert "no projection" in result.meta["warnings"][0] and result.totals["share_of_heads"] == 0.0
+
+
 def test_a_fused_projection_of_unknown_order(tmp_path: Path) -> None:
     """gpt_neox alternates q, k and v: its name alone does not say so, its configuration does."""
     case = CASES["gpt_neox"]

@@ -46,6 +46,7 @@ def make_run(layers: int = 6, heads: int = 12, seed: int = 0, method: str = "FFT
     """What `run_content` returns for one run."""
     rows = make_heads(layers, heads, seed, method)
     n = len(rows)
+    k = min(20, n // 2)
     pre, post, relative = column(rows, "I_pre"), column(rows, "I_post"), column(rows, "Urel")
 
     def rho(x: str, y: str) -> float:
@@ -57,22 +58,22 @@ def make_run(layers: int = 6, heads: int = 12, seed: int = 0, method: str = "FFT
     plastic = [r for r in rows if r["Urel"] >= limits["Urel_p90"] and r["I_pre"] <= limits["I_pre_p30"]]
 
     def top(values: np.ndarray) -> set[int]:
-        return set(np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:20].tolist())
+        return set(np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")[:k].tolist())
 
     ranked = {"U": column(rows, "U"), "Urel": relative, "Ipost": post}
     stats = {
-        "spearman_rho_Ipre_U": rho("I_pre", "U"), "spearman_rho_Ipre_Urel": rho("I_pre", "Urel"), "topk": 20,
-        **{f"topk_overlap_Ipre_{key}": len(top(pre) & top(values)) / 20 for key, values in ranked.items()},
+        "spearman_rho_Ipre_U": rho("I_pre", "U"), "spearman_rho_Ipre_Urel": rho("I_pre", "Urel"), "topk": k,
+        **{f"topk_overlap_Ipre_{key}": len(top(pre) & top(values)) / k for key, values in ranked.items()},
         "n_heads": n, "n_heads_Ipost": n - 1, "n_important_but_static": len(static),
         "n_plastic_but_unimportant": len(plastic),
         **{f"spearman_rho_Ipost_{key}": rho("I_post", key) for key in ("U", "Urel", "G", "F", "Ppred")},
     }  # fmt: skip
-    law = statistics.hypergeom(n, 20, 20)
+    law = statistics.hypergeom(n, k, k)
     cases = statistics.hypergeom(n, round(0.1 * n + 0.5), round(0.3 * n))
     expected = {"expected": float(cases.mean()), "lo": float(cases.ppf(0.025)), "hi": float(cases.ppf(0.975)), "p": 0.4}
     null = {
-        "rho95": 1.96 / math.sqrt(n - 1), "overlap_expected": 20 / n, "overlap_lo": law.ppf(0.025) / 20,
-        "overlap_hi": law.ppf(0.975) / 20,
+        "rho95": 1.96 / math.sqrt(n - 1), "overlap_expected": k / n, "overlap_lo": law.ppf(0.025) / k,
+        "overlap_hi": law.ppf(0.975) / k,
         "cases": {"important_but_static": expected, "plastic_but_unimportant": expected},
     }  # fmt: skip
     names = {"Ipre": "I_pre", "Ipost": "I_post"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from loraforge.cli._tasks import read_tasks
 from loraforge.errors import UsageError
+from loraforge.tasks.card import read_task_card
 from loraforge.tasks.spec import TaskSpec, parse_task
 
 _COUNT = re.compile(r"(\d+)(?::(-?\d+))?")
@@ -60,7 +61,7 @@ def read_spec(params: Mapping[str, Any]) -> TaskSpec:
         first, _, second = (params["text_keys"] or "").partition(",")
         fields = {"text": first.strip() or None, "text_pair": second.strip() or None, "label": params["label_key"],
                   "target": params["target_key"], "train": params["train"]}  # fmt: skip
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", Path(data).stem) or "data"
+        name = _trained_for(params) or re.sub(r"[^A-Za-z0-9_.-]", "-", Path(data).stem) or "data"
         spec = parse_task({"id": name, params["split"]: data, **fields}, f"--data {data}")
     if params["labels"] is not None and spec.labels is None:
         spec = replace(spec, labels=[name.strip() for name in params["labels"].split(",")])
@@ -69,6 +70,13 @@ def read_spec(params: Mapping[str, Any]) -> TaskSpec:
     if params["objective"] == "lm" and spec.kind == "auto":
         spec = replace(spec, kind="causal", loss_on="all")
     return spec
+
+
+def _trained_for(params: Mapping[str, Any]) -> str | None:
+    """The task of the adapter's or model's task.json, whose text fields and length then hold for --data too."""
+    place = params["adapter"] or params["model"]
+    card = None if place is None else read_task_card(Path(place))
+    return None if card is None else str(card["id"])
 
 
 def read_subset_option(value: str | None) -> dict[str, Any]:

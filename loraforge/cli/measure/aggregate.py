@@ -25,6 +25,9 @@ Strict = Annotated[
 ]
 Draws = Annotated[int, typer.Option("--draws", min=1, help="Permutations of each p.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of permutations and resamples.")]
+Report = Annotated[
+    bool, typer.Option("--report/--no-report", help="Of several runs: write report.html and pictures too.")
+]
 Out = Annotated[
     str | None,
     typer.Option("--out", "-o", metavar="DIR", help="Of several runs: folder of the summary.",
@@ -42,6 +45,7 @@ def aggregate(
     draws: Draws = 10_000,
     seed: Seed = 0,
     out: Out = None,
+    report: Report = True,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -70,9 +74,9 @@ def aggregate(
         from loraforge.measure.seeds import summarise
 
         folder = out or os.path.commonpath([os.path.abspath(run) for run in runs])
-        summary = summarise(runs, folder)
+        summary = summarise(runs, folder, report=report)
         voice.result(summary | {"out": folder})
-        _print_seeds(voice, summary, folder)
+        _print_seeds(voice, summary, folder, report)
 
 
 def _print(voice: Output, found: Mapping[str, Any]) -> None:
@@ -82,7 +86,7 @@ def _print(voice: Output, found: Mapping[str, Any]) -> None:
     for pair, rho in stats.get("rho", {}).items():
         key = f"spearman_rho_{pair}"
         if key in stats or voice.verbose:
-            rows.append([f"rho {pair}", rho["rho"], _range(rho["ci"]), _band(rho["rho95"]), rho["p_perm"]])
+            rows.append([f"rho {pair}", rho["rho"], _range(rho.get("ci")), _band(rho["rho95"]), rho["p_perm"]])
     for pair, overlap in stats.get("overlap", {}).items():
         rows.append([f"top-{overlap['k']} {pair}", overlap["overlap"], None, overlap["expected"], overlap["p"]])
     for kind, chance in stats.get("null", {}).get("cases_expected", {}).items():
@@ -98,7 +102,7 @@ def _print(voice: Output, found: Mapping[str, Any]) -> None:
         voice.line(f"written   {file}")
 
 
-def _print_seeds(voice: Output, summary: Mapping[str, Any], folder: str) -> None:
+def _print_seeds(voice: Output, summary: Mapping[str, Any], folder: str, report: bool) -> None:
     rows = [
         [method, task, key, spread["mean"], spread["sd"], spread["min"], spread["max"], spread["n"]]
         for method, tasks in summary["statistics"].items()
@@ -111,7 +115,7 @@ def _print_seeds(voice: Output, summary: Mapping[str, Any], folder: str) -> None
         voice.line(f"{len(larger)} of {len(summary['differences'])} differences between methods exceed seed noise")
     for note in summary["notes"]:
         voice.note(f"note: {note}")
-    voice.line(f"written   {folder}/seeds.json, seeds.md, report.html")
+    voice.line(f"written   {folder}/seeds.json, seeds.md" + (", report.html" if report else ""))
 
 
 def _range(interval: list[float] | None) -> str | None:

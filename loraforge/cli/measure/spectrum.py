@@ -29,7 +29,7 @@ Intruders = Annotated[
     option(HOW, "--intruders/--no-intruders", text="Decompose the base's weights too.", show_default="with --base"),
 ]
 PerHead = Annotated[
-    bool, option(HOW, "--heads-too/--no-heads-too", text="Also each head's own spectrum.", show_default="on")
+    bool, option(HOW, "--per-head/--no-per-head", text="Also each head's own spectrum.", show_default="on")
 ]
 Out = Annotated[
     str | None,
