@@ -2,7 +2,8 @@
 
 Exact ablation of every head of a random BERT: whole forward passes ("reference"), passes that begin at the ablated
 layer ("loraforge"), and the same with several heads a pass ("shared"), which is how it is done; that beside one
-backward pass for all heads ("taylor"). The update of an attention's heads from the adapter's factors beside merging and subtracting ("reference").
+backward pass for all heads ("taylor"). The update of an attention's heads from the adapter's factors beside merging and
+subtracting ("reference").
 
 What is compared: differences of losses with those of whole passes, to the bit ("shared": to rounding); the order of
 gradients with that of exact ablation; norms with those of the float64 product.
@@ -29,7 +30,7 @@ BUDGET = {"default": 6.0, "full": 30.0, "tiny": 0.0}
 # layers, width, heads a layer, rows, tokens a row: a pass of many tokens, and one of few
 _MODELS = {
     "tiny": ({"layers": 2, "width": 16, "heads": 2, "rows": 3, "tokens": 5},),
-    "default": ({"layers": 12, "width": 96, "heads": 8, "rows": 4, "tokens": 32},),
+    "default": ({"layers": 12, "width": 96, "heads": 12, "rows": 4, "tokens": 32},),
     "full": (
         {"layers": 12, "width": 192, "heads": 12, "rows": 8, "tokens": 32},
         {"layers": 12, "width": 192, "heads": 12, "rows": 1, "tokens": 16},

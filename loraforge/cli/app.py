@@ -39,7 +39,7 @@ from loraforge.cli._errors import INTERRUPTED, USAGE, Boundary
 app = typer.Typer(
     name="loraforge",
     cls=Boundary,
-    help="Merge LoRA adapters, exactly where others approximate, and train them task after task.",
+    help="Merge LoRA adapters, train them task after task, and measure what they do to a model.",
     epilog="Exit codes: 0 done, 1 internal, 2 usage, 3 bad input, 4 a check failed, 130 interrupted.",
     rich_markup_mode=None,  # plain help costs a third of the start-up time of drawn panels
     pretty_exceptions_enable=False,

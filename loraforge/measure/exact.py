@@ -37,12 +37,11 @@ def exact_differences(
     """Each unit with its (N,) float64 differences of the losses, layer by layer in the order of a pass."""
     total, done = count_passes(passes, units), 0
     for block, group in by_block(passes.layout, units, passes.prefix.order):
+        passes.verify(block)
         fills.prepare(passes, block, sorted({unit.attention for unit in group}))
         found: dict[Unit, list[Tensor]] = {unit: [] for unit in group}
         for number in range(len(passes.batches)):
             start = passes.start(number, block)
-            if number == 0 and not passes.verify(block, start):
-                start = passes.start(number, block)
             for attention, chunk in chunks(group, passes.times(number, block)):
                 losses = _ablated(passes, number, start, attention, chunk, fills)
                 for unit, ablated in zip(chunk, losses, strict=True):

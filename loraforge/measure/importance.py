@@ -59,9 +59,8 @@ def measure_importance(
     """Measures how much the loss depends on each head.
 
     Methods: `exact` closes one gate at a time. `taylor` is its first-order estimate -mean_i dl_i/dg_h of all heads from
-    one backward pass, `michel` mean_i |dl_i/dg_h| (Michel et al. 2019, a sample at a time), without sign.
-    `screen` is taylor for all and exact for the first of them and some others, on which the estimates are checked.
-    `integrated` is the integral of the gradient, equal to exact.
+    one backward pass, `michel` mean_i |dl_i/dg_h| (Michel et al. 2019), without sign. `screen` is taylor for all, exact
+    for the first and some others, on which taylor is checked. `integrated` integrates the gradient, equal to exact.
 
     Args:
         subject: Model and batches.
@@ -178,8 +177,8 @@ class _Measurement:
 
     def _estimates(self, objective: Objective) -> dict[HeadKey, dict[str, Any]]:
         """Lines by gradients of the gates."""
-        wanted = [unit.key._replace(head=head) for unit in self.units for head in unit.heads]
-        gradients = gate_gradients(self.subject, objective, keys=wanted, progress=self.progress)
+        keys = [unit.key._replace(head=head) for unit in self.units for head in unit.heads]
+        gradients = gate_gradients(self.subject, objective, keys=keys, progress=self.progress)
         column = {key: at for at, key in enumerate(gradients.heads)}
         slopes, base = torch.as_tensor(gradients.s), torch.as_tensor(gradients.losses)
         self._note_floor(objective, self.subject.indices, base)
@@ -209,13 +208,11 @@ class _Measurement:
             missing = {blocks[unit.attention].block for unit in units if unit.key not in done}
             left = [unit for unit in units if blocks[unit.attention].block in missing]
             self._say_budget(passes, left)
-            integrated = asked.method == "integrated"
-            ablate = integrated_differences if integrated else exact_differences
+            method = "integrated" if asked.method == "integrated" else "exact"
+            ablate = integrated_differences if method == "integrated" else exact_differences
             for unit, values in ablate(passes, left, fills, self.progress):
                 if unit.key not in found:
-                    found[unit.key] = importance_line(
-                        unit, values, base, "integrated" if integrated else "exact", asked
-                    )
+                    found[unit.key] = importance_line(unit, values, base, method, asked)
                     if self.log is not None:
                         self.log.add(found[unit.key])
             self._note_passes(passes)
@@ -225,13 +222,12 @@ class _Measurement:
         count, seconds = count_passes(passes, units), estimated_seconds(passes, units)
         if self.asked.method == "integrated":
             count, seconds = count * POINTS, seconds * POINTS * 3.0
-        bytes_needed = passes.expected_bytes
-        text = (
-            f"{len(units)} heads on {len(passes.losses_base)} rows: {count} passes, at most {bytes_needed / 2**20:.1f} "
-            f"MiB of layers' outputs kept, about {seconds:.3g} s"
+        size = passes.expected_bytes
+        self.told["budget"] = {"passes": count, "cache_bytes": size, "seconds": seconds}
+        self._say(
+            f"{len(units)} heads on {len(passes.losses_base)} rows: {count} passes, at most {size / 2**20:.1f} MiB of "
+            f"layers' outputs kept, about {seconds:.3g} s"
         )
-        self.told["budget"] = {"passes": count, "cache_bytes": bytes_needed, "seconds": seconds}
-        self._say(text)
 
     def _say(self, text: str) -> None:
         if self.tell is not None:

@@ -32,12 +32,11 @@ def integrated_differences(
     at, weight = (torch.from_numpy(values / 2.0 + shift) for values, shift in ((nodes, 0.5), (weights, 0.0)))
     done, total = 0, len(units) * len(passes.batches)
     for block, group in by_block(passes.layout, units, passes.prefix.order):
+        passes.verify(block)
         fills.prepare(passes, block, sorted({unit.attention for unit in group}))
         found: dict[Unit, list[Tensor]] = {unit: [] for unit in group}
         for number in range(len(passes.batches)):
             start = passes.start(number, block)
-            if number == 0 and not passes.verify(block, start):
-                start = passes.start(number, block)
             for unit in group:
                 fill = fills.fill(number, unit.attention)
                 total_of_unit = torch.zeros(len(passes.batches[number]), dtype=torch.float64)

@@ -178,20 +178,18 @@ class Passes:
                     )
             yield number, {index: self.gates.capture(index) for index in attentions}
 
-    def verify(self, block: str, start: tuple[Saved, Tensor | None]) -> bool:
-        """Whether the first batch's plain losses come out as in the whole pass; if not, no pass is shortened."""
-        saved, reference = start
+    def verify(self, block: str) -> None:
+        """Looks whether the first batch's plain losses come out as in the whole pass; if not, no pass is shortened."""
+        saved, reference = self.start(0, block)
         if saved.below == 0:
-            return True
+            return
         with torch.no_grad(), self.prefix.replayed(saved):
             self.passes += 1
             again = self.objective.losses(self.model, self.batches[0], reference).double().cpu()
         allowed = 0.0 if self.device.type == "cpu" else _SAME_ON_GPU
-        if torch.allclose(again, self.base[0], rtol=allowed, atol=0.0):
-            return True
-        self.why_whole = f"the model uses more of the layers below {block} than the last one's output"
-        warnings.warn(f"{self.why_whole}: every pass is run whole", stacklevel=2)
-        return False
+        if not torch.allclose(again, self.base[0], rtol=allowed, atol=0.0):
+            self.why_whole = f"the model uses more of the layers below {block} than the last one's output"
+            warnings.warn(f"{self.why_whole}: every pass is run whole", stacklevel=2)
 
 
 def _layers(subject: Subject) -> list[str]:

@@ -35,6 +35,7 @@ from loraforge.measure.spectra import SPECTRUM_HEADS, measure_spectrum
 from loraforge.measure.steps import Step, commit
 from loraforge.measure.subject import Subject, open_subject
 from loraforge.measure.update import measure_update
+from loraforge.tasks.rows import read_rows
 from loraforge.tasks.spec import SPLITS
 
 Progress = Callable[[str, str, int, int], None]
@@ -101,6 +102,8 @@ class Plan:
         ends = {"base_sha256": t.base_sha256, "final_sha256": t.final_sha256}
         task = {name: getattr(t.task, name) for name in t.task.__slots__ if name not in (*SPLITS, "overrides", "rows")}
         rows = {"data_sha256": t.data["sha256"], "rows": digest_of(self.indices), "task": digest_of(task)}
+        if s.objective == "probe":
+            rows["train_sha256"] = read_rows(t.task, "train").sha256
         passes = rows | {name: getattr(s, name) for name in _PASSES}
         importance = passes | {name: getattr(s, name) for name in _IMPORTANCE}
         fisher = passes | {"objective": s.objective, "probe_steps": s.probe_steps}
@@ -117,7 +120,7 @@ class Plan:
         if s.spectrum if s.spectrum is not None else t.method == LORA and not s.is_document:
             found.append(Step("spectrum", (SPECTRUM_HEADS, *_lines(SPECTRUM)), ends, self._spectrum))
         if t.snapshots is not None and not s.is_document:
-            found.append(Step("path", (PATH_HEADS, PATH), ends, self._path))
+            found.append(Step("path", (PATH_HEADS, PATH), ends, partial(self._path, t.snapshots)))
         made = {step.name: digest_of(step.settings) for step in found}
         shown = {"profile": s.profile, "topk": s.topk, "hi": s.hi, "lo": s.lo, "of": made}
         found.append(Step("aggregate", (HEADS, CASES, STATS), shown, self._aggregate))
@@ -129,22 +132,23 @@ class Plan:
         folder = t.out / INITIAL
         if Path(t.base).resolve() == folder.resolve():
             return []
-
         name = f"{INITIAL}/config.json" if whole else f"{INITIAL}/{ABOUT}"
         action = partial(write_initial, folder, t, whole=whole)
         return [Step(INITIAL, (name, INITIAL), start | {"whole": whole}, action, facts=("theta0_sha256",))]
 
-    def _layout(self, start: Mapping[str, Any]) -> Step:
+    def _layout(self, start: dict[str, Any]) -> Step:
         """The heads; the document has no file of them."""
 
         def action() -> Mapping[str, Any]:
-            layout = self._subject("pre").layout
+            subject = self._subject("pre")
             if not self.settings.is_document:
-                write_json(self.trained.out / LAYOUT, layout.to_json())
-            return {"layout_sha256": layout.sha256}
+                write_json(self.trained.out / LAYOUT, subject.layout.to_json())
+            return {"layout_sha256": subject.layout.sha256, "theta0_sha256": subject.record["theta0_sha256"]}
 
         outputs = () if self.settings.is_document else (LAYOUT,)
-        return Step("layout", outputs, {"base_sha256": start["base_sha256"]}, action, facts=("layout_sha256",))
+        # Without a folder of its own theta0 is known by its digest alone.
+        facts = ("layout_sha256",) if self._initial(start) else ("layout_sha256", "theta0_sha256")
+        return Step("layout", outputs, {"base_sha256": start["base_sha256"]}, action, facts=facts)
 
     def _subject(self, phase: str) -> Subject:
         """theta0 (`pre`) or theta1 (`post`, an adapter unmerged), one of them at a time."""
@@ -184,21 +188,18 @@ class Plan:
 
     def _update(self) -> Mapping[str, Any]:
         t, s = self.trained, self.settings
-        norm = "document" if s.is_document else "l2"
-        measure_update(t.base, **self._ends(), out=t.out / UPDATE, norm=norm, profile=s.profile, cache=self.norms,
-                       base_sha256=t.base_sha256, progress=self._named("update"))  # fmt: skip
-        return {}
+        return measure_update(
+            t.base, **self._ends(), out=t.out / UPDATE, norm="document" if s.is_document else "l2", profile=s.profile,
+            cache=self.norms, base_sha256=t.base_sha256, progress=self._named("update"),
+        )  # fmt: skip
 
     def _spectrum(self) -> Mapping[str, Any]:
-        measure_spectrum(
+        return measure_spectrum(
             self.trained.base, **self._ends(), out=self.trained.out / SPECTRUM, progress=self._named("spectrum")
         )
-        return {}
 
-    def _path(self) -> Mapping[str, Any]:
-        if self.trained.snapshots is not None:
-            measure_path(self.trained.snapshots, base=self.trained.base, out=self.trained.out / PATH)
-        return {}
+    def _path(self, snapshots: Path) -> Mapping[str, Any]:
+        return measure_path(snapshots, base=self.trained.base, out=self.trained.out / PATH)
 
     def _ends(self) -> dict[str, Any]:
         t = self.trained
@@ -206,12 +207,10 @@ class Plan:
 
     def _aggregate(self) -> Mapping[str, Any]:
         s = self.settings
-        aggregate(self.trained.out, topk=s.topk, hi=s.hi, lo=s.lo, profile=s.profile)
-        return {}
+        return aggregate(self.trained.out, topk=s.topk, hi=s.hi, lo=s.lo, profile=s.profile)
 
     def _report(self) -> Mapping[str, Any]:
-        """Pictures and page; of the pictures the document's alone in its profile."""
-        # Pictures are all that needs the plotting library.
+        """Pictures, which are all that needs the plotting library, and page; the document's alone in its profile."""
         from loraforge.measure.content import run_content
         from loraforge.report.heads import write_run_report
 

@@ -191,6 +191,28 @@ def test_loss_over_all_tokens_of_a_text(tmp_path: Path) -> None:
         np.testing.assert_allclose(line["I"], d.mean(), rtol=1e-8, atol=1e-11)
 
 
+def test_divergence_at_the_answer(tmp_path: Path) -> None:
+    """KL of the ungated model's next-token distribution from the gated one's, a row the mean over its answer."""
+    subject = open_tiny(tmp_path, "qwen3", "causal", batch_size=4)
+    copied = copy.deepcopy(subject.model)
+
+    def logs(model: torch.nn.Module) -> list[torch.Tensor]:
+        found = []
+        for i in subject.indices:
+            example = subject.data.examples[i]
+            with torch.no_grad():
+                z = model(input_ids=example["input_ids"][None]).logits[0, :-1]
+            found.append(z[example["labels"][1:] != -100].log_softmax(-1))
+        return found
+
+    before = logs(copied)
+    for line in measure_importance(subject, objective="kl"):
+        with scaled(copied, OUTPUTS["qwen3"].format(i=line["layer"]), line["head"], 4, 0.0) as other:
+            after = logs(other)
+        rows = [float((a.exp() * (a - b)).sum(-1).mean()) for a, b in zip(before, after, strict=True)]
+        np.testing.assert_allclose(line["I"], np.mean(rows), rtol=1e-8, atol=1e-11)
+
+
 def test_groups_of_heads_together(tmp_path: Path) -> None:
     subject = open_tiny(tmp_path, "llama", "causal", batch_size=4)
     lines = measure_importance(subject, unit="kv")

@@ -66,11 +66,11 @@ def check_lines(lines: Sequence[Mapping[str, Any]], rises: np.ndarray, base: np.
             np.testing.assert_allclose(line["loss_ablate"], base.mean() + d.mean(), **CLOSE)
 
 
-@pytest.mark.parametrize("tokens", [None, 1, 64, 100000])
-def test_exact_importance_of_a_bert(bert: Bert, tokens: int | None) -> None:
+@pytest.mark.parametrize(("tokens", "cache"), [(None, None), (1, None), (64, 0), (1, 0), (100000, 1000)])
+def test_exact_importance_of_a_bert(bert: Bert, tokens: int | None, cache: int | None) -> None:
     rises, base = network.exact(bert.model, *bert.inputs), bert.model.losses(*bert.inputs)
     assert np.abs(rises.mean(0)).max() > 1e-3
-    check_lines(measure_importance(bert.subject, tokens_per_pass=tokens), rises, base)
+    check_lines(measure_importance(bert.subject, tokens_per_pass=tokens, cache_bytes=cache), rises, base)
 
 
 def test_mean_ablation_of_a_bert(bert: Bert) -> None:

@@ -88,6 +88,14 @@ def test_intruder_dimensions(name: str, m: int, n: int) -> None:
         assert found["n_intruder"]["k1"]["0.5"] == found["n_intruder"]["k10"]["0.5"] == 1
 
 
+def test_intruders_of_a_weight_too_large_for_a_whole_decomposition() -> None:
+    W, change = moved("strong", 420, 300)
+    found = intruder_dimensions(torch.from_numpy(W), torch.from_numpy(change), ks=(20,), epsilons=(0.5,))
+    cosines = oracle.overlaps(W, change, 20)
+    np.testing.assert_allclose(found["cos_top"], cosines, atol=1e-9)
+    assert found["n_intruder"]["k20"]["0.5"] == int((cosines < 0.5).sum()) == 4  # of rank 4, all strong
+
+
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_alignment(k: int) -> None:
     W, change = moved("strong", 30, 20)
