@@ -87,7 +87,7 @@ def test_commands_run(line: str, desk: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result.exit_code == 0, result.output
     if "--out" in arguments:
         out = desk / arguments[arguments.index("--out") + 1]
-        assert out.is_file() or list(out.glob("*.safetensors")) or (out / "results.json").is_file()
+        assert out.is_file() or list(out.glob("*.safetensors")) or list(out.glob("*s.json"))
 
 
 def test_python_example_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ place of the random classifier. Every step is kept once it is finished.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import time
@@ -40,7 +41,9 @@ def measure(work: Path, seeds: list[int]) -> None:
                 norms = work / "base_norms.json"
                 found = measure_run(folder, subset=ROWS, norms=norms, others=[f for f in folders if f != folder])
                 rho = found["stats"]["spearman_rho_Ipost_Urel"]
-                print(f"measured {folder.relative_to(work)}: {rho} in {time.perf_counter() - started:.0f} s", flush=True)
+                print(
+                    f"measured {folder.relative_to(work)}: {rho} in {time.perf_counter() - started:.0f} s", flush=True
+                )
 
 
 def probes(work: Path, seeds: list[int]) -> None:
@@ -88,8 +91,8 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
     import numpy as np
     import torch
     import transformers
-    from tasks_report import code_state, machine
 
+    from loraforge.bench.machine import commit, machine
     from loraforge.measure.statistics import spearman
 
     def column(path: Path) -> Any:
@@ -97,7 +100,8 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
         return np.array([line["I"] for line in sorted(lines, key=lambda line: (line["layer"], line["head"]))])
 
     found: dict[str, Any] = {
-        "benchmark": "heads", "machine": machine(), **code_state(), "torch": torch.__version__,
+        "benchmark": "heads", "machine": machine(), "commit": commit(),
+        "date": datetime.date.today().isoformat(), "torch": torch.__version__,
         "transformers": transformers.__version__, "tasks": list(TASKS), "seeds": seeds, "rows": ROWS, "train": TRAIN,
         "rates": RATES, "pilot": json.loads((work / "pilot.json").read_text(encoding="utf-8")), "runs": {}, "pairs": {},
         "probe": {},

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from loraforge.measure.subject import Subject, open_subject
 from loraforge.tasks import TaskSpec
@@ -42,3 +43,33 @@ def open_tiny(folder: Path, family: str, kind: str, **options: Any) -> Subject:
     """A tiny base in float64; its spread of weights is large, so that heads matter."""
     tiny_base(folder / "base", family)
     return open_subject(folder / "base", task=make_task(folder, kind), dtype="float64", device="cpu", **options)
+
+
+def losses(subject: Subject, model: torch.nn.Module) -> np.ndarray:
+    """Cross-entropy of each row, without padding: of tokens the mean over those of the answer."""
+    found = {}
+    with torch.no_grad():
+        for group in alike(subject):
+            examples = [subject.data.examples[i] for i in group]
+            batch = {key: torch.stack([x[key] for x in examples]) for key in examples[0] if key != "task"}
+            labels = batch.pop("labels")
+            if subject.kind == "text-to-text":
+                logits = model(**batch, labels=labels).logits
+            else:
+                logits = model(**batch).logits
+                if subject.kind == "causal":
+                    logits, labels = logits[:, :-1], labels[:, 1:]
+            for i, z, label in zip(group, logits.log_softmax(-1), labels, strict=True):
+                z, label = z.reshape(-1, z.shape[-1]), label.reshape(-1)
+                kept = label != -100
+                found[i] = float(-z[kept].gather(1, label[kept, None]).mean())
+    return np.array([found[i] for i in subject.indices])
+
+
+def alike(subject: Subject) -> list[list[int]]:
+    """Rows by shape, so that none is padded."""
+    groups: dict[Any, list[int]] = {}
+    for i in subject.indices:
+        shape = tuple((key, tuple(x.shape)) for key, x in subject.data.examples[i].items())
+        groups.setdefault(shape, []).append(i)
+    return list(groups.values())

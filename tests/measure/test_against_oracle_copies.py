@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from loraforge.measure.gradients import gate_gradients
 from loraforge.measure.importance import measure_importance
 from loraforge.measure.objectives import make_objective
 from loraforge.measure.subject import Subject, open_subject
-from tests.measure.oracle_subjects import CLOSE, SLOPE, open_tiny
+from tests.measure.oracle_subjects import CLOSE, SLOPE, losses, open_tiny
 
 # A made-up head is what is wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:the head .* has random weights")
@@ -77,36 +76,6 @@ def scaled(model: torch.nn.Module, module: str, head: int, heads: int, factor: f
         yield model
     finally:
         projection.weight = weight
-
-
-def losses(subject: Subject, model: torch.nn.Module) -> np.ndarray:
-    """Cross-entropy of each row, without padding: of tokens the mean over those of the answer."""
-    found = {}
-    with torch.no_grad():
-        for group in alike(subject):
-            examples = [subject.data.examples[i] for i in group]
-            batch = {key: torch.stack([x[key] for x in examples]) for key in examples[0] if key != "task"}
-            labels = batch.pop("labels")
-            if subject.kind == "text-to-text":
-                logits = model(**batch, labels=labels).logits
-            else:
-                logits = model(**batch).logits
-                if subject.kind == "causal":
-                    logits, labels = logits[:, :-1], labels[:, 1:]
-            for i, z, label in zip(group, logits.log_softmax(-1), labels, strict=True):
-                z, label = z.reshape(-1, z.shape[-1]), label.reshape(-1)
-                kept = label != -100
-                found[i] = float(-z[kept].gather(1, label[kept, None]).mean())
-    return np.array([found[i] for i in subject.indices])
-
-
-def alike(subject: Subject) -> list[list[int]]:
-    """Rows by shape, so that none is padded."""
-    groups: dict[Any, list[int]] = {}
-    for i in subject.indices:
-        shape = tuple((key, tuple(x.shape)) for key, x in subject.data.examples[i].items())
-        groups.setdefault(shape, []).append(i)
-    return list(groups.values())
 
 
 def changed_losses(
