@@ -32,18 +32,18 @@ _PUBLIC = {
     "cl_report": "loraforge.training.sequence.report",
     "evaluate": "loraforge.evaluation.evaluate",
     "measure_run": "loraforge.measure.run",
-    "measure_importance": "loraforge.measure.importance",
-    "measure_fisher": "loraforge.measure.gradients",
-    "measure_update": "loraforge.measure.update",
-    "measure_spectrum": "loraforge.measure.spectra",
-    "open_subject": "loraforge.measure.subject",
-    "layout_of_model": "loraforge.measure.find",
-    "HeadGates": "loraforge.measure.gates",
-    "aggregate": "loraforge.measure.aggregate",
-    "summarise": "loraforge.measure.seeds",
-    "compare": "loraforge.measure.compare",
-    "suggest_ranks": "loraforge.measure.suggest",
-    "suggest_targets": "loraforge.measure.suggest",
+    "measure_importance": "loraforge.measure.importance.measure",
+    "measure_fisher": "loraforge.measure.importance.gradients",
+    "measure_update": "loraforge.measure.updates.update",
+    "measure_spectrum": "loraforge.measure.updates.spectra",
+    "open_subject": "loraforge.measure.subjects.subject",
+    "layout_of_model": "loraforge.measure.heads.find",
+    "HeadGates": "loraforge.measure.heads.gates",
+    "aggregate": "loraforge.measure.analysis.aggregate",
+    "summarise": "loraforge.measure.analysis.seeds",
+    "compare": "loraforge.measure.analysis.compare",
+    "suggest_ranks": "loraforge.measure.analysis.suggest",
+    "suggest_targets": "loraforge.measure.analysis.suggest",
     "run_pipeline": "loraforge.pipelines.run",
     "download": "loraforge.pipelines.fetching",
     "run_demo": "loraforge.demo",
@@ -67,19 +67,19 @@ if TYPE_CHECKING:
     from loraforge.input_stats import load_stats as load_stats
     from loraforge.input_stats import merge_stats as merge_stats
     from loraforge.inspection import inspect as inspect
-    from loraforge.measure.aggregate import aggregate as aggregate
-    from loraforge.measure.compare import compare as compare
-    from loraforge.measure.find import layout_of_model as layout_of_model
-    from loraforge.measure.gates import HeadGates as HeadGates
-    from loraforge.measure.gradients import measure_fisher as measure_fisher
-    from loraforge.measure.importance import measure_importance as measure_importance
+    from loraforge.measure.analysis.aggregate import aggregate as aggregate
+    from loraforge.measure.analysis.compare import compare as compare
+    from loraforge.measure.analysis.seeds import summarise as summarise
+    from loraforge.measure.analysis.suggest import suggest_ranks as suggest_ranks
+    from loraforge.measure.analysis.suggest import suggest_targets as suggest_targets
+    from loraforge.measure.heads.find import layout_of_model as layout_of_model
+    from loraforge.measure.heads.gates import HeadGates as HeadGates
+    from loraforge.measure.importance.gradients import measure_fisher as measure_fisher
+    from loraforge.measure.importance.measure import measure_importance as measure_importance
     from loraforge.measure.run import measure_run as measure_run
-    from loraforge.measure.seeds import summarise as summarise
-    from loraforge.measure.spectra import measure_spectrum as measure_spectrum
-    from loraforge.measure.subject import open_subject as open_subject
-    from loraforge.measure.suggest import suggest_ranks as suggest_ranks
-    from loraforge.measure.suggest import suggest_targets as suggest_targets
-    from loraforge.measure.update import measure_update as measure_update
+    from loraforge.measure.subjects.subject import open_subject as open_subject
+    from loraforge.measure.updates.spectra import measure_spectrum as measure_spectrum
+    from loraforge.measure.updates.update import measure_update as measure_update
     from loraforge.merging.methods import METHODS as METHODS
     from loraforge.merging.result import MergeResult as MergeResult
     from loraforge.merging.runner import merge as merge

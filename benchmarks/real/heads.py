@@ -1,8 +1,8 @@
 """Full fine-tuning against LoRA, head by head: a real encoder, two tasks, equal seeds.
 
-The trainings of `heads_train.py` are measured by `loraforge measure run`, compared by `loraforge compare` and summarised
-by `loraforge measure aggregate`; in addition importance before training is measured once more with a trained probe in
-place of the random classifier. Every step is kept once it is finished.
+The trainings of `heads_train.py` are measured as by `loraforge measure run`, compared as by `loraforge compare` and
+summarised as by `loraforge measure aggregate`; in addition importance before training is measured once more with a
+trained probe in place of the random classifier. Every step is kept once it is finished.
 
     python benchmarks/real/heads.py                # everything
     python benchmarks/real/heads.py --table        # the tables of the stored results
@@ -48,8 +48,8 @@ def measure(work: Path, seeds: list[int]) -> None:
 
 def probes(work: Path, seeds: list[int]) -> None:
     """Importance before training with a trained head, by task and seed: WORK/probe/<task>-seed<S>.jsonl."""
-    from loraforge.measure.importance import measure_importance
-    from loraforge.measure.subject import open_subject
+    from loraforge.measure.importance.measure import measure_importance
+    from loraforge.measure.subjects.subject import open_subject
     from loraforge.tasks import parse_task
 
     for seed in seeds:
@@ -66,8 +66,8 @@ def probes(work: Path, seeds: list[int]) -> None:
 
 def comparisons(work: Path, seeds: list[int]) -> None:
     """Each pair, then all runs together."""
-    from loraforge.measure.compare import compare
-    from loraforge.measure.seeds import summarise
+    from loraforge.measure.analysis.compare import compare
+    from loraforge.measure.analysis.seeds import summarise
 
     runs = []
     for seed in seeds:
@@ -93,7 +93,7 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
     import transformers
 
     from loraforge.bench.machine import commit, machine
-    from loraforge.measure.statistics import spearman
+    from loraforge.measure.analysis.statistics import spearman
 
     def column(path: Path) -> Any:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -88,9 +88,9 @@ def make_subject(sizes: dict[str, int], device: torch.device) -> tuple[Any, Any]
     """A random BERT classifier with rows of one length, and the objective `task`."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    from loraforge.measure.find import layout_of_model
-    from loraforge.measure.objectives import make_objective
-    from loraforge.measure.subject import Subject
+    from loraforge.measure.heads.find import layout_of_model
+    from loraforge.measure.subjects.objectives import make_objective
+    from loraforge.measure.subjects.subject import Subject
     from loraforge.tasks import TaskData, TaskSpec
 
     config = BertConfig(
@@ -122,7 +122,7 @@ def make_subject(sizes: dict[str, int], device: torch.device) -> tuple[Any, Any]
 
 def whole_passes(subject: Any, objective: Any) -> Tensor:
     """(heads, N) differences of the losses by a whole forward pass for every head and batch."""
-    from loraforge.measure.gates import HeadGates
+    from loraforge.measure.heads.gates import HeadGates
 
     rows = []
     with torch.no_grad(), HeadGates(subject.model, subject.layout) as gates:
@@ -139,10 +139,10 @@ def whole_passes(subject: Any, objective: Any) -> Tensor:
 
 
 def _exact(subject: Any, objective: Any, tokens_per_pass: int | None) -> Tensor:
-    from loraforge.measure.ablation import make_fills
-    from loraforge.measure.choice import units_of
-    from loraforge.measure.exact import exact_differences
-    from loraforge.measure.passes import Passes
+    from loraforge.measure.importance.ablation import make_fills
+    from loraforge.measure.importance.choice import units_of
+    from loraforge.measure.importance.exact import exact_differences
+    from loraforge.measure.importance.passes import Passes
 
     with Passes(subject, objective, tokens_per_pass=tokens_per_pass) as passes:
         found = exact_differences(passes, units_of(subject.layout), make_fills("zero", subject))
@@ -151,7 +151,7 @@ def _exact(subject: Any, objective: Any, tokens_per_pass: int | None) -> Tensor:
 
 def measure_gradients(session: Session, sizes: dict[str, int]) -> None:
     """All heads by one backward pass, beside exact ablation; `error` is what lacks of their rank correlation."""
-    from loraforge.measure.gradients import gate_gradients
+    from loraforge.measure.importance.gradients import gate_gradients
 
     subject, objective = make_subject(sizes, session.device)
     forms = {
@@ -178,7 +178,7 @@ def update_case(sizes: dict[str, int], folder: Path) -> Case:
 
 
 def _update(sizes: dict[str, int], folder: Path, _device: torch.device) -> Work:
-    from loraforge.measure.update import update_from_factors
+    from loraforge.measure.updates.update import update_from_factors
 
     width, heads, rank = sizes["width"], sizes["heads"], sizes["rank"]
     draws = Draws(torch.device("cpu"))

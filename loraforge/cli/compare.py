@@ -60,8 +60,8 @@ def compare(
         raise UsageError("--out is missing", expected="--out DIR")
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.compare import compare as run
-        from loraforge.measure.summary import sections
+        from loraforge.measure.analysis.compare import compare as run
+        from loraforge.measure.analysis.summary import sections
 
         found = run(
             runs,

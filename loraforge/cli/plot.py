@@ -35,7 +35,7 @@ def plot(
     """
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.drawing import FORMATS, draw
+        from loraforge.measure.analysis.drawing import FORMATS, draw
 
         formats = [name.strip() for name in format.split(",") if name.strip()]
         unknown = [name for name in formats if name not in FORMATS]

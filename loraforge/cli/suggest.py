@@ -71,7 +71,7 @@ def ranks(
     """Deal a budget of parameters out as ranks: rank_pattern.json, for train-lora --rank-pattern."""
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.suggest import suggest_ranks
+        from loraforge.measure.analysis.suggest import suggest_ranks
 
         found = suggest_ranks(
             run, by=by, budget=budget, mean_rank=mean_rank, r_min=r_min, r_max=r_max, alpha=alpha, parts=parts,
@@ -104,7 +104,7 @@ def targets(
     """Pick the projections with the largest score per parameter: targets.json, for train-lora --targets."""
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.suggest import suggest_targets
+        from loraforge.measure.analysis.suggest import suggest_targets
 
         found = suggest_targets(run, by=by, budget=budget, r=r, alpha=alpha, parts=parts, base=base, out=out)
         voice.result(found)

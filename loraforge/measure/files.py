@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError
-from loraforge.measure.layout import HeadKey
+from loraforge.measure.heads.layout import HeadKey
 from loraforge.storage.atomic import write_whole
 
 # Files of a run's folder, named as the document names them.

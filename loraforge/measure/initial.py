@@ -12,7 +12,7 @@ from safetensors.torch import save
 from loraforge.calibrate.encode import load_tokenizer
 from loraforge.measure.files import write_json
 from loraforge.measure.record import Trained
-from loraforge.measure.subject import state_sha256
+from loraforge.measure.subjects.subject import state_sha256
 from loraforge.storage.atomic import new_folder, write_whole
 from loraforge.tasks import load_model
 

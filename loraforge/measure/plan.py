@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraforge.measure.aggregate import aggregate
+from loraforge.measure.analysis.aggregate import aggregate
 from loraforge.measure.files import (
     CASES,
     FISHER,
@@ -25,16 +25,16 @@ from loraforge.measure.files import (
     UPDATE,
     write_json,
 )  # fmt: skip
-from loraforge.measure.gradients import measure_fisher
-from loraforge.measure.importance import measure_importance
+from loraforge.measure.importance.gradients import measure_fisher
+from loraforge.measure.importance.measure import measure_importance
 from loraforge.measure.initial import ABOUT, write_initial
-from loraforge.measure.paths import PATH, PATH_HEADS, measure_path
 from loraforge.measure.record import LORA, Trained, versions
 from loraforge.measure.settings import MeasureSettings
-from loraforge.measure.spectra import SPECTRUM_HEADS, measure_spectrum
 from loraforge.measure.steps import Step, commit
-from loraforge.measure.subject import Subject, open_subject
-from loraforge.measure.update import measure_update
+from loraforge.measure.subjects.subject import Subject, open_subject
+from loraforge.measure.updates.paths import PATH, PATH_HEADS, measure_path
+from loraforge.measure.updates.spectra import SPECTRUM_HEADS, measure_spectrum
+from loraforge.measure.updates.update import measure_update
 from loraforge.tasks.rows import read_rows
 from loraforge.tasks.spec import SPLITS
 
@@ -211,7 +211,7 @@ class Plan:
 
     def _report(self) -> Mapping[str, Any]:
         """Pictures, which are all that needs the plotting library, and page; the document's alone in its profile."""
-        from loraforge.measure.content import run_content
+        from loraforge.measure.analysis.content import run_content
         from loraforge.report.heads import write_run_report
 
         written = write_run_report(self.trained.out, run_content(self.trained.out))

@@ -15,7 +15,7 @@ from loraforge.adapters import open_adapter
 from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.measure.files import FINAL
-from loraforge.measure.task_rows import HEADED
+from loraforge.measure.subjects.task_rows import HEADED
 from loraforge.storage.yaml_file import read_yaml
 from loraforge.tasks import TaskSpec, parse_task, read_task_card, resolve_kind, task_labels
 from loraforge.tasks.rows import read_rows

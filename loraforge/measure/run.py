@@ -15,7 +15,7 @@ from loraforge.measure.plan import Plan, Progress
 from loraforge.measure.record import Trained, open_trained
 from loraforge.measure.settings import MeasureSettings
 from loraforge.measure.steps import Record, do_steps
-from loraforge.measure.subset import choose_subset, read_subset, write_subset
+from loraforge.measure.subjects.subset import choose_subset, read_subset, write_subset
 from loraforge.storage.leftovers import hold
 from loraforge.tasks import TaskSpec
 

@@ -172,7 +172,7 @@ def _compare(build: Build, full: Run, lora: Run) -> Stage:
     settings = MeasureSettings.read(comparison_of(build.pipeline).measure)
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
-        from loraforge.measure.compare import compare
+        from loraforge.measure.analysis.compare import compare
 
         if progress is not None:
             progress(f"compare {full.task.id}-seed{full.seed}", "", 0, 1)
@@ -192,7 +192,7 @@ def _summary(build: Build, runs: list[Run]) -> Stage:
     out = build.out / "summary"
 
     def action(resume: bool, progress: Progress | None) -> Mapping[str, Any]:
-        from loraforge.measure.seeds import summarise
+        from loraforge.measure.analysis.seeds import summarise
 
         if progress is not None:
             progress("summary", "", 0, 1)

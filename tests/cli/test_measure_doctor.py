@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 from loraforge.cli.measure.doctor import _spans
-from loraforge.measure.layout import HeadLayout
+from loraforge.measure.heads.layout import HeadLayout
 from tests.evaluation.material import adapter_of, task_of
 from tests.measure.tiny_heads import build
 from tests.tasks.tiny import tiny_base

@@ -10,7 +10,7 @@ from loraforge.cli.measure._subject import read_spec, read_subset_option
 from loraforge.errors import UsageError
 from loraforge.tasks import load_model, parse_task, write_task_card
 from tests.cli.conftest import only_object
-from tests.measure.subjects import LABELS, rows_of
+from tests.measure.tiny_subjects import LABELS, rows_of
 from tests.tasks.tiny import tiny_base, write_rows
 
 # Every head of this base is a random one, which one test looks at.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from loraforge.measure.aggregate import aggregate
-from loraforge.measure.compare import compare
+from loraforge.measure.analysis.aggregate import aggregate
+from loraforge.measure.analysis.compare import compare
 from loraforge.report.heads_compare import ALT
 from tests.cli.conftest import only_object
 from tests.measure.head_files import write_measurements

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 from loraforge.checkpoints import open_checkpoint
-from loraforge.measure.find import layout_of_checkpoint
+from loraforge.measure.heads.find import layout_of_checkpoint
 from tests.cli.conftest import only_object
 from tests.measure.golden import write_run
 from tests.tasks.tiny import tiny_base

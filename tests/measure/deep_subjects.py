@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from loraforge.measure.gates import HeadGates
-from loraforge.measure.subject import Subject, open_subject
+from loraforge.measure.heads.gates import HeadGates
+from loraforge.measure.subjects.subject import Subject, open_subject
 from loraforge.tasks import TaskSpec
 from tests.tasks.tiny import WORDS, tiny_base
 

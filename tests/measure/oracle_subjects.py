@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loraforge.measure.subject import Subject, open_subject
+from loraforge.measure.subjects.subject import Subject, open_subject
 from loraforge.tasks import TaskSpec
 from tests.tasks.tiny import WORDS, tiny_base, write_rows
 

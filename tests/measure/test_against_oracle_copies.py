@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from loraforge.measure.gradients import gate_gradients
-from loraforge.measure.importance import measure_importance
-from loraforge.measure.objectives import make_objective
-from loraforge.measure.subject import Subject, open_subject
+from loraforge.measure.importance.gradients import gate_gradients
+from loraforge.measure.importance.measure import measure_importance
+from loraforge.measure.subjects.objectives import make_objective
+from loraforge.measure.subjects.subject import Subject, open_subject
 from tests.measure.oracle_subjects import CLOSE, SLOPE, losses, open_tiny
 
 # A made-up head is what is wanted here.

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraforge.measure.gradients import gate_gradients, measure_fisher
-from loraforge.measure.importance import measure_importance
-from loraforge.measure.objectives import make_objective
-from loraforge.measure.subject import Subject
+from loraforge.measure.importance.gradients import gate_gradients, measure_fisher
+from loraforge.measure.importance.measure import measure_importance
+from loraforge.measure.subjects.objectives import make_objective
+from loraforge.measure.subjects.subject import Subject
 from tests.measure.oracle_subjects import CLOSE, LABELS, SLOPE, open_tiny, rows
 from tests.oracles import heads_model as network
 from tests.oracles import heads_stats as oracle

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
-from loraforge.measure.update import update_from_factors
+from loraforge.measure.updates.update import update_from_factors
 from tests.measure.oracle_bases import NAMES
 from tests.oracles import heads as oracle
 from tests.oracles.heads import Matrix, Shape

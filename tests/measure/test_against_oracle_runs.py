@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from loraforge.measure.aggregate import aggregate
-from loraforge.measure.compare import compare
-from loraforge.measure.paths import measure_path
-from loraforge.measure.seeds import paired_difference, stability
+from loraforge.measure.analysis.aggregate import aggregate
+from loraforge.measure.analysis.compare import compare
+from loraforge.measure.analysis.seeds import paired_difference, stability
+from loraforge.measure.updates.paths import measure_path
 from tests.measure.oracle_bases import Case, build
 from tests.measure.test_against_oracle_statistics import make_run, write_run
 from tests.oracles import heads as parts

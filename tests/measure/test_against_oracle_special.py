@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
-from loraforge.measure.update import update_from_dense, update_from_factors
+from loraforge.measure.updates.update import update_from_dense, update_from_factors
 from tests.measure.oracle_bases import FUSED, NAMES, PREFIX, Case, build
 from tests.oracles import heads as oracle
 from tests.oracles.heads import Shape

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from loraforge.measure.intruders import alignment, amplification, base_vectors, intruder_dimensions
-from loraforge.measure.spectra import measure_spectrum, spectrum
-from loraforge.measure.update import update_from_dense, update_from_factors
+from loraforge.measure.updates.intruders import alignment, amplification, base_vectors, intruder_dimensions
+from loraforge.measure.updates.spectra import measure_spectrum, spectrum
+from loraforge.measure.updates.update import update_from_dense, update_from_factors
 from loraforge.types import LowRank
 from tests.measure.oracle_bases import NAMES, Case, build
 from tests.oracles import heads as parts

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraforge.measure.aggregate import aggregate
-from loraforge.measure.null import common_members, rho_band
-from loraforge.measure.statistics import find_cases, spearman, top_k, top_overlap
+from loraforge.measure.analysis.aggregate import aggregate
+from loraforge.measure.analysis.null import common_members, rho_band
+from loraforge.measure.analysis.statistics import find_cases, spearman, top_k, top_overlap
 from tests.oracles import heads_stats as oracle
 
 CLOSE = 1e-12  # float64 sums of some hundred numbers

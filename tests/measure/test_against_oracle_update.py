@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraforge.measure.files import read_lines
-from loraforge.measure.update import update_from_dense, update_from_factors
+from loraforge.measure.updates.update import update_from_dense, update_from_factors
 from tests.measure.oracle_bases import NAMES, Built, Case, build
 from tests.oracles import heads as oracle
 from tests.oracles.heads import Shape
@@ -152,7 +152,7 @@ def test_a_uniform_change_of_a_tenth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("profile", ["document", "default"])
 def test_the_file(tmp_path: Path, profile: str) -> None:
-    from loraforge.measure.update import measure_update
+    from loraforge.measure.updates.update import measure_update
 
     case = CASES["grouped"]
     built = build(tmp_path, case)

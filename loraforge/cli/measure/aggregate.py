@@ -57,7 +57,7 @@ def aggregate(
     """
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.aggregate import aggregate as join
+        from loraforge.measure.analysis.aggregate import aggregate as join
 
         made = [
             join(run, topk=topk, hi=hi, lo=lo, profile=profile, strict=strict, draws=draws, seed=seed) for run in runs
@@ -71,7 +71,7 @@ def aggregate(
             return
         import os
 
-        from loraforge.measure.seeds import summarise
+        from loraforge.measure.analysis.seeds import summarise
 
         folder = out or os.path.commonpath([os.path.abspath(run) for run in runs])
         summary = summarise(runs, folder, report=report)

@@ -14,8 +14,8 @@ from loraforge.cli._output import Output
 from loraforge.errors import UsageError
 
 if TYPE_CHECKING:
-    from loraforge.measure.doctor import DoctorReport
-    from loraforge.measure.layout import Attention
+    from loraforge.measure.heads.doctor import DoctorReport
+    from loraforge.measure.heads.layout import Attention
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="Model folder, or id in the cache.", show_default=False)
@@ -42,8 +42,8 @@ def doctor(
         raise UsageError("no model was given", expected="a model folder", hint="loraforge measure doctor MODEL")
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.doctor import check_layout
-        from loraforge.measure.opening import open_for_doctor
+        from loraforge.measure.heads.doctor import check_layout
+        from loraforge.measure.heads.opening import open_for_doctor
 
         report = check_layout(open_for_doctor(model, adapter), seed=seed, every=every)
         layout = report.layout

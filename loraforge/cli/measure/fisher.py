@@ -63,8 +63,8 @@ def fisher(
     arguments = subject_arguments(ctx.params)
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
-        from loraforge.measure.gradients import measure_fisher
-        from loraforge.measure.subject import open_subject
+        from loraforge.measure.importance.gradients import measure_fisher
+        from loraforge.measure.subjects.subject import open_subject
 
         with open_subject(**arguments) as subject, voice.progress() as progress:
             lines = measure_fisher(

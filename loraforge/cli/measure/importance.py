@@ -106,8 +106,8 @@ def importance(
         if path is not None:
             inputs = [text for text in (model, adapter, task, data) if text is not None and Path(text).exists()]
             check_place(path, overwrite=bool(overwrite), inputs=inputs)
-        from loraforge.measure.importance import measure_importance
-        from loraforge.measure.subject import open_subject
+        from loraforge.measure.importance.measure import measure_importance
+        from loraforge.measure.subjects.subject import open_subject
 
         with open_subject(**arguments) as subject, voice.progress() as progress:
             lines = measure_importance(

@@ -62,7 +62,7 @@ def spectrum(
         raise UsageError("a cosine is out of range", where="--eps", got=eps, expected="above 0, at most 1")
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session(), voice.progress() as progress:
-        from loraforge.measure.spectra import measure_spectrum
+        from loraforge.measure.updates.spectra import measure_spectrum
 
         found = measure_spectrum(
             base, adapter=adapter, final=final, config=config, heads=heads, kv_heads=kv_heads, head_dim=head_dim, k=k,

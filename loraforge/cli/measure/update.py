@@ -99,13 +99,13 @@ def update(
     with voice.session(), voice.progress() as progress:
         places |= dict(out=out, overwrite=bool(overwrite), progress=progress, kv_share=kv_share)
         if snapshots is not None:
-            from loraforge.measure.paths import measure_path
+            from loraforge.measure.updates.paths import measure_path
 
             way = measure_path(snapshots, base=base, **places)
             voice.result(way)
             _print_path(voice, way)
             return
-        from loraforge.measure.update import measure_update
+        from loraforge.measure.updates.update import measure_update
 
         found = measure_update(
             base, adapter=adapter, final=final, norm=norm, scope=scope, bias=bias, circuits=circuits,

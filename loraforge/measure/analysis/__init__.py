@@ -1,0 +1,1 @@
+"""What the measurements say: statistics with chance levels, runs side by side, suggestions. Torch-free."""

@@ -1,0 +1,1 @@
+"""What a head is worth: ablation, gradients on its gate, Fisher."""
