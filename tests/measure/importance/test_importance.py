@@ -259,7 +259,7 @@ measure_importance(deep(folder, "bert"), out=folder / "killed.jsonl", progress=p
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_a_killed_process_leaves_what_the_next_one_takes_up(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(tmp_path)]
-    done = subprocess.run(command, check=False, cwd=Path(__file__).parents[2], capture_output=True)
+    done = subprocess.run(command, check=False, cwd=Path(__file__).parents[3], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     part = tmp_path / ".killed.jsonl.part"
     assert part.read_bytes().count(b"\n") > 1 and not (tmp_path / "killed.jsonl").exists()
