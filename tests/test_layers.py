@@ -114,6 +114,28 @@ def test_doors(path):
         assert fits, f"{path.relative_to(PACKAGE)} ({room}) may not import {name}"
 
 
+# Inside of `measure`: room -> rooms and files of `measure` that it may import.
+MEASURE = {
+    "files": {"heads"},
+    "heads": set(),
+    "subjects": {"heads", "files"},
+    "importance": {"heads", "subjects", "files", "record"},
+    "updates": {"heads", "files", "analysis.statistics"},
+    "analysis": {"heads", "files"},
+}
+
+
+@pytest.mark.parametrize("room", MEASURE)
+def test_doors_inside_of_measure(room):
+    places = [PACKAGE / "measure" / f"{room}.py"] if room == "files" else (PACKAGE / "measure" / room).glob("*.py")
+    for path in places:
+        for name in imports_of(path):
+            if name.startswith("loraforge.measure."):
+                parts = name.split(".")[2:]
+                fits = parts[0] == room or parts[0] in MEASURE[room] or ".".join(parts[:2]) in MEASURE[room]
+                assert fits, f"{path.relative_to(PACKAGE)} may not import {name}"
+
+
 def test_method_files_do_not_import_each_other():
     stems = {p.stem for p in (PACKAGE / "merging").glob("*.py") if not p.stem.endswith("_params")} - JOINING
     for stem in stems:

@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from loraforge.errors import LoraforgeError
 from loraforge.measure.heads.layout import HeadKey
 from loraforge.storage.atomic import write_whole
+from loraforge.storage.leftovers import hold_file
 
 # Files of a run's folder, named as the document names them.
 SUBSET, SUBSET_ABOUT = "eval_subset.json", "eval_subset.meta.json"
@@ -80,23 +81,43 @@ def write_json(path: Path, content: Any) -> Path:
     return path
 
 
-class LineLog:
-    """A file of lines that grows beside its place and gets its name when it is complete.
+def log_of(path: Path) -> Path:
+    """Where the lines of a file are until it is complete; not where `write_whole` drafts it."""
+    return path.with_name(f".{path.name}.lines")
 
-    A broken-off run leaves `.NAME.part`: its first line says what the lines depend on; a run with the same settings
-    goes on behind the last whole line, any other starts anew.
+
+class LineLog:
+    """A file of lines that grows beside its place and gets its name when it is complete; a context manager.
+
+    A broken-off run leaves `.NAME.lines`: its first line says what the lines depend on; a run with the same settings
+    goes on behind the last whole line, any other starts anew. It is locked while a run writes it.
 
     Args:
         path: The finished file.
         settings: JSON-ready: everything that decides the lines.
+
+    Raises:
+        LoraforgeError: Another run is writing it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.part = path.with_name(f".{path.name}.part")
+        self.part = log_of(path)
         self.settings = json.loads(json.dumps(dict(settings), sort_keys=True, default=str))
         self.lines: list[dict[str, Any]] = []
-        self._take_up()
+        # Not buffered: what the disk refused is not tried again when the file is closed.
+        self._file = os.fdopen(hold_file(self.part, path), "r+b", buffering=0)
+        try:
+            self._take_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def done(self) -> set[HeadKey]:
@@ -106,10 +127,7 @@ class LineLog:
     def add(self, line: Mapping[str, Any]) -> None:
         """Appends a line and hands it to the disk."""
         content = json_number(dict(line))
-        with self.part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._append(content)
         self.lines.append(content)
 
     def finish(self, lines: Iterable[Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
@@ -117,21 +135,33 @@ class LineLog:
         kept = [dict(line) for line in (self.lines if lines is None else lines)]
         write_lines(self.path, kept)
         self.part.unlink(missing_ok=True)
+        self.close()
         return kept
 
+    def close(self) -> None:
+        """Lets go of the lines so far; another run may take them up."""
+        self._file.close()
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        left = (json.dumps(content, allow_nan=False) + "\n").encode()
+        while left:
+            left = left[self._file.write(left) or 0 :]
+        os.fsync(self._file.fileno())
+
     def _take_up(self) -> None:
-        """The whole lines of an earlier part with equal settings; anything else is replaced by an empty part."""
+        """The whole lines of an earlier part with equal settings; what is behind them, or all of another, goes."""
         whole: list[dict[str, Any]] = []
-        if self.part.is_file():
-            for text in self.part.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-                try:
-                    line = json.loads(text) if text.endswith("\n") else None
-                except ValueError:
-                    line = None
-                if not isinstance(line, dict):
-                    break
-                whole.append(line)
-        if whole and whole[0] == {"settings": self.settings}:
-            self.lines = whole[1:]
-        content = [{"settings": self.settings}, *self.lines]
-        write_whole(self.part, "".join(json.dumps(line) + "\n" for line in content))
+        size = 0
+        for text in self._file.readall().splitlines(keepends=True):
+            try:
+                line = json.loads(text) if text.endswith(b"\n") else None
+            except ValueError:
+                line = None
+            if not isinstance(line, dict) or (not whole and line != {"settings": self.settings}):
+                break
+            whole.append(line)
+            size += len(text)
+        self._file.truncate(size)
+        self.lines = whole[1:]
+        if not whole:
+            self._append({"settings": self.settings})

@@ -30,7 +30,7 @@ from loraforge.measure.importance.measure import measure_importance
 from loraforge.measure.initial import ABOUT, write_initial
 from loraforge.measure.record import LORA, Trained, versions
 from loraforge.measure.settings import MeasureSettings
-from loraforge.measure.steps import Step, commit
+from loraforge.measure.steps import OF, Step, commit
 from loraforge.measure.subjects.subject import Subject, open_subject
 from loraforge.measure.updates.paths import PATH, PATH_HEADS, measure_path
 from loraforge.measure.updates.spectra import SPECTRUM_HEADS, measure_spectrum
@@ -122,7 +122,7 @@ class Plan:
         if t.snapshots is not None and not s.is_document:
             found.append(Step("path", (PATH_HEADS, PATH), ends, partial(self._path, t.snapshots)))
         made = {step.name: digest_of(step.settings) for step in found}
-        shown = {"profile": s.profile, "topk": s.topk, "hi": s.hi, "lo": s.lo, "of": made}
+        shown = {"profile": s.profile, "topk": s.topk, "hi": s.hi, "lo": s.lo, OF: made}
         found.append(Step("aggregate", (HEADS, CASES, STATS), shown, self._aggregate))
         return [*found, *([Step("report", (REPORT,), shown, self._report)] if s.plots else [])]
 

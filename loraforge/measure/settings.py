@@ -90,6 +90,8 @@ class MeasureSettings:
             value = getattr(self, key)
             if not isinstance(value, int | float) or not 0 <= value <= 100:
                 problems.append(_wrong(key, value, "a percentile from 0 to 100"))
+        if not problems and self.lo >= self.hi:
+            problems.append(_wrong("lo", f"lo {self.lo:g}, hi {self.hi:g}", "lo below hi"))
         if self.profile == "document" and (self.unit, self.layers, self.max_heads) != ("q", None, None):
             got = "unit, layers or max_heads"
             problems.append(_wrong("profile document", got, "every query head, as the document measures them"))

@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 import loraforge
 from loraforge.errors import LoraforgeError, raise_problems
-from loraforge.measure.files import CONFIG, write_json
+from loraforge.measure.files import CONFIG, log_of, write_json
 
 DONE, SKIPPED, COPIED = "done", "skipped", "copied"
+# Setting that tells of which other steps' settings a step follows.
+OF = "of"
 # What only a step finds out, kept in run_config.json.
 FACTS = ("theta0_sha256", "layout_sha256")
 
@@ -152,7 +154,8 @@ def _check_changed(steps: Sequence[Step], folder: Path, record: Record) -> None:
     differences: dict[str, list[Step]] = {}
     for step in steps:
         old, now = record.steps.get(step.name), _plain(step.settings)
-        if old != now and any((folder / name).exists() for name in step.outputs):
+        # What only follows from steps before it is made again with them.
+        if _own(old) != _own(now) and any((folder / name).exists() for name in step.outputs):
             differences.setdefault(_difference(old, now), []).append(step)
     raise_problems(
         [
@@ -185,8 +188,12 @@ def _check_folders(steps: Sequence[Step], folder: Path, record: Record) -> None:
 def _difference(old: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
     if old is None:
         return "files of another program or version"
-    keys = [key for key in sorted({*old, *now}) if old.get(key) != now.get(key)]
+    keys = [key for key in sorted({*old, *now} - {OF}) if old.get(key) != now.get(key)]
     return "; ".join(f"{key} was {_brief(old.get(key))}, now {_brief(now.get(key))}" for key in keys)
+
+
+def _own(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if settings is None else {key: value for key, value in settings.items() if key != OF}
 
 
 def _brief(value: object) -> str:
@@ -210,7 +217,8 @@ def _copy(step: Step, other: Path, folder: Path, record: Record) -> bool:
 def _remove(step: Step, folder: Path, *, parts: bool) -> None:
     """Takes away what a step wrote, with `parts` also what it left broken off."""
     for name in step.outputs:
-        for path in (folder / name, folder / f".{name}.part") if parts else (folder / name,):
+        left = (folder / f".{name}.part", log_of(folder / name)) if parts else ()
+        for path in (folder / name, *left):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

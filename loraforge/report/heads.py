@@ -87,7 +87,7 @@ def write_run_report(folder: str | Path, content: Content, formats: Sequence[str
 def _facts(content: Content) -> str:
     pre = content["importance"].get("pre") or {}
     shown = {"method": content["method"], "task": content["task"], "seed": content["seed"], "rank": content["rank"],
-             "heads": len(content["heads"]), "rows measured": pre.get("n")}  # fmt: skip
+             "heads": len(content["heads"]), "rows measured": (pre.get("subject") or {}).get("n")}  # fmt: skip
     return facts({name: value for name, value in shown.items() if value is not None})
 
 

@@ -96,6 +96,7 @@ def scale(axes: Axes, side: str, values: Sequence[float]) -> str:
     finite = [float(value) for value in values if present(value)]
     sizes = sorted(abs(value) for value in finite if value)
     if not sizes or sizes[-1] < HEAVY * sizes[len(sizes) // 2]:
+        axes.locator_params(axis="x" if side == "x" else "y", nbins=5 if side == "x" else 8)  # long numbers need room
         plain_numbers(axes, side)
         return "linear"
     if min(finite) > 0:

@@ -71,8 +71,7 @@ def _page(content: Content, drawn: Mapping[str, str]) -> str:
         f"<h1>{escape(' against '.join(names) if len(names) < 3 else ', '.join(names))}</h1>",
         text(content["findings"][0] if content["findings"] else "The same heads in several runs.", "lead"),
         _facts(content),
-        points(f"{name}: {words.verdict(content['runs'][name])}" for name in names),
-        points(content["findings"][1:]) if len(content["findings"]) > 1 else "",
+        points(content["findings"][1:] or [f"{name}: {words.verdict(content['runs'][name])}" for name in names]),
         *(text(str(note), "warn") for note in content["warnings"]),
         section("The statistics, run by run", drawn["compare_stats"], table(statistics_table(content)),
                 _differences(content)),
@@ -144,7 +143,7 @@ def difference_table(content: Content) -> Table:
             ends = delta.get("ci") or (None, None)
             interval = f"{ends[0]:+.2f} to {ends[1]:+.2f}".replace("-", "−") if all(map(present, ends)) else None
             beyond = {True: "yes", False: "no"}.get(delta.get("beyond_chance"))
-            difference = f"{delta['difference']:+.3f}".replace("-", "−")
+            difference = signed(delta["difference"], "+.0f" if key.startswith("n_") else "+.3f")
             rows.append((f"{STATISTICS.get(key, key)}: {pair['a']} − {pair['b']}", difference, interval, beyond))
     return Table(("difference", "value", "95 % interval", "beyond chance"), tuple(rows))
 

@@ -59,6 +59,10 @@ def _three(value: float | None) -> str | None:
     return f"{value:+.3f}".replace("-", "−") if value is not None and present(value) else None
 
 
+def _percent(value: float | None) -> str | None:
+    return f"{value:.1%}" if value is not None and present(value) else None
+
+
 def case_table(content: Content, name: str) -> Table:
     """The heads of one kind of case."""
     plain, columns = is_plain(content["heads"]), ("I_pre", "Urel", "U", "G", "Ppred")
@@ -69,8 +73,12 @@ def case_table(content: Content, name: str) -> Table:
 def components_table(content: Content) -> Table:
     """A row a projection: its update over all heads, and how it goes with importance."""
     headers = ("projection", "update", "share of U²", "relative", "ρ with I_pre", "ρ with I_post")
-    keys = ("U", "share", "relative", "rho_Ipre", "rho_Ipost")
-    return Table(headers, tuple((f"W_{line['part']}", *map(line.get, keys)) for line in content["components"]))
+    rows = [
+        (f"W_{line['part']}", line.get("U"), _percent(line.get("share")), _percent(line.get("relative")),
+         _three(line.get("rho_Ipre")), _three(line.get("rho_Ipost")))
+        for line in content["components"]
+    ]  # fmt: skip
+    return Table(headers, tuple(rows))
 
 
 def intruders_table(content: Content) -> Table:
@@ -91,7 +99,10 @@ def intruders_table(content: Content) -> Table:
 def groups_table(content: Content) -> Table:
     """A row a stack and kind of attention, where a model has several."""
     keys = ("n_heads", "spearman_rho_Ipre_Urel", "spearman_rho_Ipost_U", "topk_overlap_Ipre_Urel")
-    rows = tuple((name, *map(group.get, keys)) for name, group in content["groups"].items())
+    rows = tuple(
+        (name, group.get(keys[0]), *(_three(group.get(key)) for key in keys[1:3]), group.get(keys[3]))
+        for name, group in content["groups"].items()
+    )
     return Table(("attention", "heads", "ρ(I_pre, Urel)", "ρ(I_post, U)", "top overlap"), rows)
 
 

@@ -34,13 +34,7 @@ def claim(temporary: Path, target: Path) -> int:
         except FileNotFoundError:
             continue
         except BlockingIOError as error:
-            raise LoraforgeError(
-                "Another run is writing this output",
-                where=target,
-                got=f"{temporary} is in use",
-                expected="one run at a time",
-                hint="wait for it, or choose another folder",
-            ) from error
+            raise _in_use(temporary, target) from error
         # The holder before may have published or removed the folder between opening and locking.
         if _same(handle, temporary):
             return handle
@@ -56,6 +50,31 @@ def hold(folder: Path) -> int:
     """
     # Not through a link: what it leads to would be emptied.
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    _lock(handle)
+    return handle
+
+
+def hold_file(path: Path, target: Path) -> int:
+    """Opens a file for reading and appending, makes it if need be, and locks it until the returned handle is closed.
+
+    Raises:
+        LoraforgeError: Another run holds it.
+        OSError: It cannot be opened, or is a link.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        try:
+            _lock(handle)
+        except BlockingIOError as error:
+            raise _in_use(path, target) from error
+        # The holder before may have finished and removed the file between opening and locking.
+        if _same(handle, path):
+            return handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Locks an open file or folder; closes it where it cannot."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -63,11 +82,20 @@ def hold(folder: Path) -> int:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             os.close(handle)
             raise
-    return handle
+
+
+def _in_use(path: Path, target: Path) -> LoraforgeError:
+    return LoraforgeError(
+        "Another run is writing this output",
+        where=target,
+        got=f"{path} is in use",
+        expected="one run at a time",
+        hint="wait for it, or choose another folder",
+    )
 
 
 def _same(handle: int, path: Path) -> bool:
-    """Whether an open folder is the one that has this name now."""
+    """Whether what is open is what has this name now."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -17,7 +17,7 @@ class Snapshots(TrainerCallback):
 
     Args:
         folder: Where to.
-        wanted: A number of snapshots, spread evenly with the last at the end; or the steps (0 is the start).
+        wanted: A number of snapshots, at steps that grow by a factor, the last at the end; or the steps (0 is the start).
         save: Writes what is trained of a model into a folder.
     """
 
@@ -61,7 +61,10 @@ def snapshot_steps(wanted: int | Sequence[int], last: int) -> list[int]:
     if isinstance(wanted, int):
         if wanted < 1:
             raise UsageError("--snapshots", got=wanted, expected="a number above 0, or steps")
-        return sorted({max(1, round(i * last / wanted)) for i in range(1, wanted + 1)})
+        # Most of an update happens early: equal factors between steps, not equal distances.
+        found = {max(1, round(last ** (i / wanted))) for i in range(1, wanted + 1)}
+        found |= set([step for step in range(1, last + 1) if step not in found][: wanted - len(found)])
+        return sorted(found)
     beyond = sorted(step for step in wanted if not 0 <= step <= last)
     if beyond:
         got = ", ".join(map(str, beyond))

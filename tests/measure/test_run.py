@@ -166,7 +166,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(home: Path, measured: dict[str, di
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "measure_run(sys.argv[1], out=sys.argv[2], plots=False, progress=stop)\n"
     )
-    part = out / ".importance_post.jsonl.part"
+    part = out / ".importance_post.jsonl.lines"
     command = [sys.executable, str(script), str(home / "LoRA"), str(out), str(part)]
     # Nobody is there to turn warnings into errors; what it says is not looked at.
     done = subprocess.run(command, capture_output=True, check=False, env=os.environ, cwd=Path.cwd())
@@ -181,7 +181,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(home: Path, measured: dict[str, di
     meta = json.loads((out / "importance_post.meta.json").read_text())
     assert meta["heads_taken_up"] == len(left) - 1
     assert content(out) == content(home / "LoRA")
-    assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
+    assert not [path for path in out.rglob("*") if path.name.endswith((".part", ".lines"))]
 
 
 def test_other_settings_are_refused_and_overwrite_starts_anew(

@@ -42,7 +42,9 @@ def test_tensorboard_is_refused_where_nothing_writes_it(monkeypatch: pytest.Monk
 
 
 def test_steps_of_snapshots() -> None:
-    assert snapshot_steps(4, 10) == [2, 5, 8, 10]
+    assert snapshot_steps(4, 10) == [2, 3, 6, 10]
+    assert snapshot_steps(3, 1000) == [10, 100, 1000]
+    assert snapshot_steps(6, 8) == [1, 2, 3, 4, 6, 8]
     assert snapshot_steps(20, 3) == [1, 2, 3]
     assert snapshot_steps([5, 0, 5], 5) == [0, 5]
     with pytest.raises(UsageError, match="does not reach"):

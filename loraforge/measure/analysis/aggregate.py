@@ -65,6 +65,8 @@ def aggregate(
     if not 0 <= lo < hi <= 100:
         raise UsageError("the percentiles must be 0 <= lo < hi <= 100", got=f"lo {lo:g}, hi {hi:g}")
     folder = Path(run_dir)
+    if not folder.is_dir():
+        raise LoraforgeError("there is no such run", where=folder, expected="the folder of a measured run")
     heads = join_heads(folder)
     if not len(heads):
         raise LoraforgeError("there is no head in the measurement", where=folder / IMPORTANCE["pre"])
@@ -83,7 +85,9 @@ def aggregate(
     stats = document_stats(heads, chosen, topk)
     cases = cases_content(heads, chosen, hi, lo, document=document)
     notes = [*heads.notes, *_notes(heads, topk)]
-    if not document:
+    if document:
+        stats["topk"] = topk  # its script writes what was asked, even beyond the number of heads
+    else:
         stats |= _beyond(heads, chosen, topk, draws, seed)
         if len(heads.groups) > 1:
             stats["groups"] = {

@@ -19,7 +19,7 @@ def seeds_markdown(content: Mapping[str, Any]) -> str:
             parts += markdown_table(["statistic", "mean", "sd", "min", "max", "seeds"], rows)
             stable = content["stability"][method][task]
             rows = [
-                [name, number(s["rho"]), number(s["kendall_w"]), number(s["p"]), s["n"]] for name, s in stable.items()
+                [name, number(s["rho"]), number(s["kendall_w"]), chance(s["p"]), s["n"]] for name, s in stable.items()
             ]
             parts += ["Do the seeds rank the heads alike?", ""]
             parts += markdown_table(["quantity", "mean rho", "Kendall W", "p", "heads"], rows)
@@ -41,7 +41,7 @@ def seeds_markdown(content: Mapping[str, Any]) -> str:
         parts += ["## Tasks", "", "rho of the heads' means over seeds; within the band it may be chance.", ""]
         rows = [
             [c["method"], c["quantity"], f"{c['a']}, {c['b']}", number(c["rho"]), f"±{number(c['rho95'])}",
-             number(c["p_perm"]), c["n"]]
+             chance(c["p_perm"]), c["n"]]
             for c in content["cross_task"]
         ]  # fmt: skip
         parts += markdown_table(["method", "quantity", "tasks", "rho", "chance (95 %)", "p", "heads"], rows)
@@ -56,12 +56,15 @@ def markdown_table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> l
 
 
 def number(value: float | None) -> str:
-    """A number with three decimals, small ones with three digits; a dash where there is none."""
+    """A number with three decimals; a dash where there is none."""
     if value is None:
         return "-"
-    return (
-        str(value) if isinstance(value, int) else f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
-    )
+    return str(value) if isinstance(value, int) else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no minus before 0
+
+
+def chance(p: float | None) -> str:
+    """A p with three decimals, or as below the least of them."""
+    return "<0.001" if p is not None and p < 0.001 else number(p)
 
 
 def span(interval: Sequence[float] | None) -> str:

@@ -146,6 +146,10 @@ def suggest_targets(
     rank = start if r is None else r
     if rank < 1:
         raise UsageError("the rank must be at least 1", got=rank)
+    narrow = min(modules, key=lambda module: min(module.shape))
+    if rank > min(narrow.shape):
+        raise UsageError("the rank is larger than a side of a projection", where=narrow.suffix, got=rank,
+                         expected=f"at most {min(narrow.shape)}")  # fmt: skip
     costs = np.array([module.cost for module in modules])
     whole = int(rank * costs.sum())
     budget = whole // 2 if budget is None else budget

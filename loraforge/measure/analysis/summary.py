@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loraforge.measure.analysis.seeds_text import markdown_table, number, span
+from loraforge.measure.analysis.seeds_text import chance, markdown_table, number, span
 
 _RHOS = {
     "rho(I_pre, U)": "spearman_rho_Ipre_U", "rho(I_pre, Urel)": "spearman_rho_Ipre_Urel",
@@ -65,7 +65,7 @@ def sections(content: Mapping[str, Any]) -> list[tuple[str, list[str], list[list
     ]
     tables.append(("Counterexamples (in brackets: range by chance)", ["heads", *names, *against], rows))
     rows = [
-        [f"{p['a']}, {p['b']}: {name}", number(c["rho"]), span(c["ci"]), f"±{number(c['rho95'])}", number(c["p_perm"]),
+        [f"{p['a']}, {p['b']}: {name}", number(c["rho"]), span(c["ci"]), f"±{number(c['rho95'])}", chance(c["p_perm"]),
          number(p["overlap"][name]["overlap"])]
         for p in pairs
         for name, c in p["between"].items()
@@ -165,16 +165,16 @@ def _same_heads(pair: Mapping[str, Any], name: str, title: str) -> str:
 
 
 def _is_above(stats: Mapping[str, Any], key: str) -> bool:
-    chance = stats["null"]["cases_expected"][key]
-    return chance is not None and chance["observed"] > chance["range95"][1]
+    expected = stats["null"]["cases_expected"][key]
+    return expected is not None and expected["observed"] > expected["range95"][1]
 
 
 def _count(stats: Mapping[str, Any], key: str) -> str:
     """A count with its range by chance."""
-    chance = stats["null"]["cases_expected"][key]
-    if chance is None:
+    expected = stats["null"]["cases_expected"][key]
+    if expected is None:
         return str(stats[f"n_{key}"])
-    return f"{stats[f'n_{key}']} ({chance['range95'][0]} to {chance['range95'][1]})"
+    return f"{stats[f'n_{key}']} ({expected['range95'][0]} to {expected['range95'][1]})"
 
 
 def _distance(pair: Mapping[str, Any], key: str) -> str:

@@ -124,7 +124,7 @@ def layout_from_shapes(
         transposed = shapes if family in TRANSPOSED else ()
     stored = frozenset(transposed)
     attentions = []
-    for (stack, kind, layer), (block, modules) in sorted(blocks.items(), key=_order):
+    for (stack, kind, layer), (block, modules) in blocks.items():
         section = section_of(config, next(iter(modules.values())))
         if mixes_without_heads(section, layer):
             left_out[block] = NO_HEADS
@@ -135,6 +135,7 @@ def layout_from_shapes(
             attentions.append(Attention(stack, kind, layer, block=block, **cutter.attention()))
     if not attentions:
         raise _unknown(shapes, family, where, left_out)
+    attentions.sort(key=order_of)
     return HeadLayout(family, tuple(attentions), left_out | _bare(shapes, {a.block for a in attentions}, left_out))
 
 
@@ -212,9 +213,9 @@ def _bare(shapes: Iterable[str], blocks: set[str], left_out: Iterable[str]) -> d
     return found
 
 
-def _order(item: tuple[tuple[str, str, int], Any]) -> tuple[int, int, int]:
-    (stack, kind, layer), _ = item
-    return STACKS.index(stack), layer, KINDS.index(kind)
+def order_of(attention: Attention) -> tuple[int, int, int]:
+    """Sorts attentions as layouts have them: encoder before decoder, layer by layer, self before cross."""
+    return STACKS.index(attention.stack), attention.layer, KINDS.index(attention.kind)
 
 
 def _unknown(shapes: Mapping[str, Shape], family: str, where: object, left_out: Mapping[str, str]) -> LoraforgeError:

@@ -81,7 +81,11 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_of(module: nn.Module) -> nn.Module:
-    """The module itself, or that which an adapter's layer wraps."""
+    """The module itself, or that which an adapter's layer wraps; of one that an adapter carries whole, its copy."""
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        name = getattr(module, "active_adapter", None)
+        return copies[name] if isinstance(name, str) and name in copies else module
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else module
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 _QUERY = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
 _KEY_VALUE = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# Keys by which configurations tell that layers are of several sorts.
+_MIXED = ("attn_layer", "attn_idxs", "block_type", "hybrid", "mamba", "ssm")
 # Parts of a composed model, as the keys of its configuration name them.
 _TOWERS = ("text", "language", "llm", "vision", "audio", "speech", "qformer", "encoder", "decoder")
 _SIDES = {"enc": "encoder", "dec": "decoder"}
@@ -52,6 +55,19 @@ def heads_of(section: Mapping[str, Any], stack: str, layer: int) -> Heads:
     if section.get("model_type") in ("falcon", "gpt_bigcode") and not section.get("new_decoder_architecture"):
         n_kv = 1 if section.get("multi_query", True) else n_q
     return Heads(n_q, n_kv)
+
+
+def layers_of(section: Mapping[str, Any], stack: str) -> int | None:
+    """Layers of a stack by its section of the configuration; None where it does not say that all of them attend.
+
+    Args:
+        section: What `section_of` gave.
+        stack: `enc` or `dec`; some families count the two apart.
+    """
+    if any(word in key for key in section for word in _MIXED):
+        return None
+    side = _SIDES[stack]
+    return _at(_first(section, (f"{side}_layers", f"num_{side}_layers", *_LAYERS)), 0)
 
 
 def lacks_heads(config: Mapping[str, Any]) -> bool:

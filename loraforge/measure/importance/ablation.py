@@ -15,6 +15,7 @@ from loraforge.measure.importance.exact import Fills
 from loraforge.measure.importance.passes import Passes
 from loraforge.measure.subjects.batch import Batch
 from loraforge.measure.subjects.subject import Subject
+from loraforge.measure.subjects.task_rows import HEADED
 
 ABLATIONS = ("zero", "mean", "resample")
 
@@ -136,9 +137,10 @@ def real_tokens(subject: Subject, batch: Batch, attention: Attention, x: Tensor)
     if attention.stack == "enc" and "pixel_values" in inputs:
         return whole
     both = bool(getattr(plain_model(subject.model).config, "is_encoder_decoder", False))
-    mask = inputs.get("attention_mask")
-    if both and attention.stack == "dec":
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    # A classifier of two stacks reads its input in both: its labels are no tokens.
+    if both and attention.stack == "dec" and subject.kind not in HEADED:
         given = inputs.get("decoder_attention_mask")
-        mask = inputs["labels"].ne(-100) if given is None else given
+        mask = given if given is not None else None if labels is None else labels.ne(-100)
     # A model that cuts or packs its positions has no mask of ours: all of them count.
     return whole if mask is None or mask.shape != whole.shape else mask.bool()

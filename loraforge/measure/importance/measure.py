@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def measure_importance(
 
     Raises:
         UsageError: Unknown or contradicting choices.
-        LoraforgeError: The output exists; an objective that does not fit.
+        LoraforgeError: The output exists, or another run writes it; an objective that does not fit.
         CheckFailed: A loss that is not finite.
     """
     chosen = read_layers(layers) if isinstance(layers, str) else None if layers is None else sorted(set(layers))
@@ -107,13 +108,14 @@ def measure_importance(
             raise LoraforgeError("layer and head alone do not name this model's heads", where="--profile document",
                                  got=subject.layout.family, hint="--profile default")  # fmt: skip
         subject = replace(subject, batch_size=DOCUMENT_BATCH, order="given")
-    work = _Measurement(subject, asked, path, cache_bytes, progress, tell)
-    lines = work.run()
-    if profile == "document":
-        lines = [{key: line[key] for key in DOCUMENT_KEYS} for line in lines]
-    if work.log is not None and path is not None:
-        write_json(path.with_name(f"{path.stem}.meta.json"), {"phase": phase, **work.about()})
-        work.log.finish(lines)
+    with ExitStack() as held:
+        work = _Measurement(subject, asked, path, cache_bytes, progress, tell, held)
+        lines = work.run()
+        if profile == "document":
+            lines = [{key: line[key] for key in DOCUMENT_KEYS} for line in lines]
+        if work.log is not None and path is not None:
+            write_json(path.with_name(f"{path.stem}.meta.json"), {"phase": phase, **work.about()})
+            work.log.finish(lines)
     return lines
 
 
@@ -128,6 +130,7 @@ class _Measurement:
         cache_bytes: int | None,
         progress: Progress | None,
         tell: Tell | None,
+        held: ExitStack,
     ) -> None:
         self.subject, self.asked, self.cache_bytes = subject, asked, cache_bytes
         self.progress, self.tell = progress, tell
@@ -139,7 +142,7 @@ class _Measurement:
         self.log: LineLog | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.log = LineLog(path, self.settings())
+            self.log = held.enter_context(LineLog(path, self.settings()))
             self.told["heads_taken_up"] = len(self.log.done)
 
     def settings(self) -> dict[str, Any]:

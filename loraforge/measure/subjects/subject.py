@@ -41,8 +41,8 @@ class Subject:
         config: Of the model.
         tokenizer: The base's; None for images.
         device: Where it is.
-        record: model, adapter, sha256s, theta0_sha256, task, split, data_sha256, subset, n, dtype, device, head:
-            JSON-ready. theta0_sha256 is of the base's tensors with the made-up head, before any adapter.
+        record: model, adapter, sha256s, theta0_sha256, task, split, data_sha256, subset, n, inputs_sha256, dtype,
+            device, head: JSON-ready. theta0_sha256 is of the base's tensors with the made-up head, before any adapter.
         batch_size: Rows a batch.
         order: `length`: batches of like lengths, the longest first; `given`: the subset's order.
         fresh: Modules whose weights are neither the base's nor the adapter's but drawn by the seed.
@@ -127,6 +127,21 @@ def state_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def inputs_sha256(data: TaskData, indices: Sequence[int]) -> str | None:
+    """Digest of what a model reads of some rows: other fields, prompts, lengths or tokens of the same file are others.
+
+    None for images, which are not all decoded for it.
+    """
+    digest = hashlib.sha256()
+    for row in indices:
+        example = data.examples[row]
+        if "pixel_values" in example:
+            return None
+        for name, tensor in sorted(example.items()):
+            digest.update(f"{name} {tensor.tolist()}\n".encode())
+    return digest.hexdigest()
+
+
 def open_subject(
     model: str | Path | nn.Module,
     *,
@@ -191,6 +206,7 @@ def open_subject(
         "theta0_sha256": theta0,
         "task": rows.data.spec.id, "kind": rows.data.kind, "split": split, "labels": list(heads),
         "data": rows.data.source, "data_sha256": rows.data.sha256, "subset": drawn, "n": len(indices),
+        "inputs_sha256": inputs_sha256(rows.data, indices),
         "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."), "device": str(place), "seed": seed,
         "head": None if not headed else "fresh" if fresh else "trained",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,6 +124,10 @@ def choose_rows(
         return choose_subset(size, subset, seed), about | {"seed": seed}
     if isinstance(subset, str | Path):
         return read_subset(Path(subset), size=size, data_sha256=data.sha256), about | {"file": str(subset)}
+    counts = Counter(subset)
+    twice = [row for row, count in counts.items() if count > 1]
+    if twice:
+        raise LoraforgeError("the subset has rows twice", where=data.source, got=f"row {twice[0]}")
     wrong = [row for row in subset if not 0 <= row < size]
     if wrong or not subset:
         got, expected = f"row {wrong[0]}" if wrong else "no row", f"rows 0 to {size - 1}"

@@ -40,11 +40,13 @@ class AdapterChanges:
     def __init__(self, adapter: Adapter, layout: HeadLayout, weights: BaseWeights | None) -> None:
         self.adapter, self.weights = adapter, weights
         self.warnings: list[str] = []
-        whole = {key.removesuffix(".weight") for key in (*adapter.heads, *adapter.extras) if key.endswith(".weight")}
+        # The model's name of each tensor that is there as a whole -> its key.
+        self._keys = {_plain(key): key for key in (*adapter.heads, *adapter.extras)}
+        whole = {name.removesuffix(".weight") for name in self._keys if name.endswith(".weight")}
         # Whole modules take part, so that a model whose attention was trained in full is not passed over.
         self.names = match_projections(layout, {*adapter.modules, *whole})
         self._biases = match_projections(
-            layout, [key.removesuffix(".bias") for key in adapter.extras if key.endswith(".bias")]
+            layout, [name.removesuffix(".bias") for name in self._keys if name.endswith(".bias")]
         )
         self._whole = {module for module, name in self.names.items() if name not in adapter.modules_set}
         held = [name for module, name in self.names.items() if module not in self._whole]
@@ -60,7 +62,7 @@ class AdapterChanges:
         if name is None:
             return None
         if projection.module in self._whole:
-            new = self.adapter.load_head(f"{name}.weight")
+            new = self._tensor(f"{name}.weight")
             new = new.mT if projection.transposed else new
             return new.to(torch.float64) - self._base_weight(projection, tuple(new.shape))
         pair = self.adapter.load(name)
@@ -73,20 +75,20 @@ class AdapterChanges:
         return moved * (magnitude.to(torch.float64) / moved.norm(dim=1))[:, None] - base
 
     def bias(self, projection: Projection) -> Tensor | None:
-        """The update of the bias: that of lora_B, or the trained bias less the base's."""
+        """The update of the bias: that of lora_B, and the trained bias less the base's."""
+        found: list[Tensor] = []
         name = self.names.get(projection.module)
         if name is not None and projection.module not in self._whole:
             added = self.adapter.bias(name)
             if added is not None:
-                return added.to(torch.float64) * self.adapter.info(name).scaling
-        if projection.module not in self._biases:
-            return None
-        key = f"{self._biases[projection.module]}.bias"
-        old = None if self.weights is None else self.weights.bias(projection)
-        if old is None:
-            self._needs_base([key], "trained biases")
-            return self.adapter.load_head(key).to(torch.float64)
-        return self.adapter.load_head(key).to(torch.float64) - old.to(torch.float64)
+                found.append(added.to(torch.float64) * self.adapter.info(name).scaling)
+        if projection.module in self._biases:
+            trained = f"{self._biases[projection.module]}.bias"
+            self._needs_base([trained], "trained biases")
+            old = None if self.weights is None else self.weights.bias(projection)
+            new = self._tensor(trained).to(torch.float64)
+            found.append(new if old is None else new - old.to(torch.float64))
+        return sum(found[1:], found[0]) if found else None
 
     def others(self, *, every: bool) -> Iterator[dict[str, Any]]:
         """Whole tensors (heads, biases, embeddings), and with `every` each further module of factors."""
@@ -94,15 +96,19 @@ class AdapterChanges:
         for name in self.adapter.modules:
             if name not in used and every:
                 yield self._factor_row(name)
-        carried = {f"{name}.weight" for name in used}
+        carried = {f"{self.names[module]}.weight" for module in self._whole}
         base = None if self.weights is None else self.weights.checkpoint
-        names = {} if base is None else match_names([*self.adapter.heads, *self.adapter.extras], base.names)
-        for key in (*self.adapter.heads, *self.adapter.extras):
-            if key in carried:
+        names = {} if base is None else match_names(self._keys, base.names)
+        for name, key in self._keys.items():
+            if name in carried:
                 continue
             what = "head" if key in self.adapter.heads else "bias" if key.endswith(".bias") else "weight"
-            old = None if base is None or key not in names else base.read(names[key])
-            yield whole_row(key, self.adapter.load_head(key), old, what)
+            old = None if base is None or name not in names else base.read(names[name])
+            yield whole_row(name, self._tensor(name), old, what)
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor that the adapter carries whole, by the model's name."""
+        return self.adapter.load_head(self._keys[name])
 
     def _factor_row(self, name: str) -> dict[str, Any]:
         """The row of a module of factors that holds no head."""
@@ -165,3 +171,9 @@ class AdapterChanges:
                 got=list(shape), expected=f"{list(held)} as in {self.weights.checkpoint.path}",
                 hint="check --base",
             )  # fmt: skip
+
+
+def _plain(key: str) -> str:
+    """The model's name of a tensor: PEFT keeps what belongs to a module that it wrapped below `base_layer`."""
+    module, dot, tensor = key.rpartition(".")
+    return f"{module.removesuffix('.base_layer')}{dot}{tensor}"

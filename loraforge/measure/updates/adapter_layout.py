@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loraforge.adapters import Adapter
 from loraforge.errors import LoraforgeError
-from loraforge.measure.heads.families import layout_from_heads, layout_from_shapes, locate
-from loraforge.measure.heads.layout import HeadLayout
+from loraforge.measure.heads.families import NO_ATTENTION, layout_from_heads, layout_from_shapes, locate, order_of
+from loraforge.measure.heads.layout import PARTS, Attention, HeadLayout, Projection
+from loraforge.measure.heads.sections import heads_of, layers_of, mixes_without_heads, section_of
 
 CONFIG = "config.json"
 # Head by head in some families, one behind the other in others.
@@ -26,7 +28,10 @@ def adapter_layout(
     kv_heads: int | None = None,
     head_dim: int | None = None,
 ) -> HeadLayout:
-    """The layout of the attentions that an adapter changes; no weights of the base are looked at.
+    """The layout of an adapter's base; no weights of the base are looked at.
+
+    With a configuration, layers that the adapter leaves alone are there too, their projections without names, so that
+    their heads get lines. Counts from the user say nothing of such layers.
 
     Args:
         adapter: The adapter.
@@ -59,7 +64,36 @@ def adapter_layout(
         )  # fmt: skip
     if head_dim is not None:
         content = {**content, "head_dim": head_dim}
-    return layout_from_shapes(shapes, content, adapter.path, partial=True)
+    return _with_untouched(layout_from_shapes(shapes, content, adapter.path, partial=True), content)
+
+
+def _with_untouched(layout: HeadLayout, config: Mapping[str, Any]) -> HeadLayout:
+    """The layout with the attentions that the configuration says beside those of the adapter."""
+    known = {(a.stack, a.kind, a.layer): a for a in layout.attentions}
+    sample = {(a.stack, a.kind): a for a in layout.attentions}
+    pairs: list[tuple[str, str]] = [*sample]
+    if config.get("is_encoder_decoder"):
+        pairs = [("enc", "self"), ("dec", "self"), ("dec", "cross")]
+    for stack, kind in pairs:
+        like = sample.get((stack, kind))
+        side = "encoder" if stack == "enc" else "decoder"
+        section = section_of(config, side if like is None else _name(like))
+        for layer in range(layers_of(section, stack) or 0):
+            n_q, n_kv = heads_of(section, stack, layer)
+            if n_q is None or (stack, kind, layer) in known or mixes_without_heads(section, layer):
+                continue
+            groups = n_kv or (like.n_kv if like is not None and like.n_q == n_q else n_q)
+            size = like.o.size if like is not None else 1
+            known[stack, kind, layer] = Attention(stack, kind, layer, n_q, groups, o=Projection("", n_q, size))
+    attentions = sorted(known.values(), key=order_of)
+    skipped = {name: why for name, why in layout.skipped.items() if why != NO_ATTENTION}
+    return replace(layout, attentions=tuple(attentions), skipped=skipped)
+
+
+def _name(attention: Attention) -> str:
+    """A module of an attention."""
+    places = (attention.part(part) for part in PARTS)
+    return next(place.module for place in places if place is not None and place.module)
 
 
 def _refuse_unknown_order(shapes: Mapping[str, Any], adapter: Adapter) -> None:

@@ -101,6 +101,8 @@ def _attention_lines(
         extra |= circuit_changes(attention, matrices, updates)
     if settings.bias:
         biases = bias_norms(attention, {place.module: changes.bias(place) for place in places})
+        # Every line has all three columns, also where the layout has no such part.
+        extra |= {f"Ub{part}": [settings.absent] * attention.n_q for part in PARTS[:3]}
         extra |= {f"U{name}": _by_head(attention, name[1], norms, settings) for name, norms in biases.items()}
     factors = all(update is None or isinstance(update, LowRank) for update in updates.values())
     source = "factors" if factors and changes.source == "factors" else "dense"

@@ -207,7 +207,7 @@ def test_a_run_goes_on_behind_its_last_layer(subjects: Opener, tmp_path: Path) -
     measure_importance(subject, out=whole)
     with pytest.raises(Stop):
         measure_importance(subject, out=broken, progress=stop_at(14))
-    log = tmp_path / ".broken.jsonl.part"
+    log = tmp_path / ".broken.jsonl.lines"
     lines = len(log.read_text().splitlines()) - 1
     assert 0 < lines < 18 and not broken.exists()
     # Other settings do not go on there.
@@ -232,9 +232,9 @@ def test_heads_that_shared_a_pass_share_it_again(subjects: Opener, tmp_path: Pat
     lines = measure_importance(subject, out=whole)
     with pytest.raises(Stop):
         measure_importance(subject, out=out, progress=stop_at(1))
-    settings = json.loads((tmp_path / ".out.jsonl.part").read_text().splitlines()[0])["settings"]
-    log = LineLog(out, settings)
-    log.add(lines[0])
+    settings = json.loads((tmp_path / ".out.jsonl.lines").read_text().splitlines()[0])["settings"]
+    with LineLog(out, settings) as log:
+        log.add(lines[0])
     measure_importance(subject, out=out)
     assert out.read_bytes() == whole.read_bytes()
 
@@ -261,7 +261,7 @@ def test_a_killed_process_leaves_what_the_next_one_takes_up(tmp_path: Path) -> N
     command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(tmp_path)]
     done = subprocess.run(command, check=False, cwd=Path(__file__).parents[3], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    part = tmp_path / ".killed.jsonl.part"
+    part = tmp_path / ".killed.jsonl.lines"
     assert part.read_bytes().count(b"\n") > 1 and not (tmp_path / "killed.jsonl").exists()
     with part.open("ab") as file:
         file.write(b'{"layer": 2, "he')  # as if it had been killed while writing
