@@ -12,7 +12,8 @@ from emotion_data import BASE_NAME, SPLIT_SEED, TASKS, TEST_ROWS
 from emotion_eval import Correct, accuracies, normalised_average, paired_interval
 from emotion_variants import REFERENCE, Variant
 
-from loraforge.bench.machine import commit, machine
+from loraforge.bench.machine import machine
+from loraforge.provenance import commit
 
 MARK = "emotion-table"
 

@@ -92,8 +92,9 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from loraforge.bench.machine import commit, machine
+    from loraforge.bench.machine import machine
     from loraforge.measure.analysis.statistics import spearman
+    from loraforge.provenance import commit
 
     def column(path: Path) -> Any:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -25,7 +25,8 @@ from tasks_variants import (
     six_variants,
 )
 
-from loraforge.bench.machine import commit, machine
+from loraforge.bench.machine import machine
+from loraforge.provenance import commit
 
 Row = dict[str, Any]
 MARK = "tasks-table"

@@ -94,7 +94,7 @@ EarlyStopping = Annotated[
     _count(TRAIN, "--early-stopping", "End after N evaluations without a better one; take the best."),
 ]
 Snapshots = Annotated[
-    str | None, _option(TRAIN, "--snapshots", "Keep N copies, denser early on, or those of these steps.", metavar="N|S,S")
+    str | None, _option(TRAIN, "--snapshots", "Keep N copies, denser early on, or those of steps.", metavar="N|S,S")
 ]
 TensorBoard = Annotated[bool, _option(TRAIN, "--tensorboard", "Write event files too.")]
 BaseDtype = Annotated[

@@ -63,6 +63,7 @@ def ranks(
     parts: Parts = "qkvo",
     base: Base = None,
     out: Out = None,
+    overwrite: opt.Overwrite = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -75,7 +76,7 @@ def ranks(
 
         found = suggest_ranks(
             run, by=by, budget=budget, mean_rank=mean_rank, r_min=r_min, r_max=r_max, alpha=alpha, parts=parts,
-            base=base, out=out,
+            base=base, out=out, overwrite=bool(overwrite),
         )  # fmt: skip
         voice.result(found)
         uniform = found["uniform"]
@@ -96,17 +97,20 @@ def targets(
     parts: Parts = "qkvo",
     base: Base = None,
     out: Out = None,
+    overwrite: opt.Overwrite = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Pick the projections with the largest score per parameter: targets.json, for train-lora --targets."""
+    """Pick projections by score per parameter: targets.json, for train-lora --targets."""
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():
         from loraforge.measure.analysis.suggest import suggest_targets
 
-        found = suggest_targets(run, by=by, budget=budget, r=r, alpha=alpha, parts=parts, base=base, out=out)
+        found = suggest_targets(
+            run, by=by, budget=budget, r=r, alpha=alpha, parts=parts, base=base, out=out, overwrite=bool(overwrite)
+        )
         voice.result(found)
         rows = [
             [m["key"], m["score"], found["r"] * m["cost"], "yes" if m["chosen"] else "no"] for m in found["modules"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -11,14 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import loraforge
 from loraforge.demo.full import FULL_METHODS, FullDemo
 from loraforge.demo.steps import DemoRun, Phases, Progress
 from loraforge.demo.training import Recipe
 from loraforge.errors import LoraforgeError
 from loraforge.merging.methods import find_method
+from loraforge.provenance import versions
 
 METHODS = ("iteris-plus", "iteris", "regmean", "weighted-average", "task-arithmetic", "svd")
 
@@ -65,7 +62,12 @@ def run_demo(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as draft:
         work = Path(draft) / out.name
         results = kind(work, out, Recipe().quick() if quick else Recipe(), seed, phases).results(rows_of)
-        results |= {"seed": seed, "quick": quick, "versions": _versions(), "command": _command(seed, full)}
+        results |= {
+            "seed": seed,
+            "quick": quick,
+            "versions": versions("torch", "transformers", "peft"),
+            "command": _command(seed, full),
+        }
         results |= {"phases": phases.seconds, "seconds": time.perf_counter() - start}
         _write(work, results)
         _settle(work, out)
@@ -92,16 +94,6 @@ def _write(work: Path, results: dict[str, Any]) -> None:
     title = f"One {results['inputs'].removesuffix('s')} for {len(results['tasks'])} tasks: accuracy of each merge"
     save_png(lambda: accuracy_chart(results, title), work / "picture.png")
     write_report(work / "report.html", results)
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    modules = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    return {"loraforge": loraforge.__version__, "python": platform.python_version()} | {
-        name: str(version) for name, version in modules.items()
-    }
 
 
 def _command(seed: int, full: bool) -> str:

@@ -19,7 +19,8 @@ from loraforge.demo.evaluation import accuracy
 from loraforge.demo.steps import Phases, Progress
 from loraforge.demo.training import Recipe, build_base, train_base
 from loraforge.errors import LoraforgeError
-from loraforge.training.record import versions
+from loraforge.provenance import versions
+from loraforge.training.record import PACKAGES
 from loraforge.training.sequence.run import train_ilora
 
 METHODS = ("seq", "er", "ilora")
@@ -100,7 +101,7 @@ def run_sequence_demo(
         "sizes": {"train": recipe.train, "test": recipe.test, "buffer": recipe.buffer},
         "seed": seed,
         "quick": quick,
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "command": "loraforge demo --sequence" + (" --quick" if quick else "") + (f" --seed {seed}" if seed else ""),
         "phases": phases.seconds,
         "seconds": time.perf_counter() - start,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from loraforge.evaluation.score import TaskScore
 from loraforge.evaluation.subjects import BASE, OWN, Places, Subject, open_subjects
 from loraforge.evaluation.table import averages, cell_record, differences
 from loraforge.linalg.device import choose_device
+from loraforge.provenance import versions
 from loraforge.tasks import TaskSpec
 
 
@@ -110,7 +110,7 @@ def evaluate(
     run.score()
     record = _record(run, against, outcomes=outcomes)
     record["settings"] = scoring | {"limit": limit, "dtype": dtype, "device": str(loading["device"])}
-    record["versions"] = {name: version(name) for name in ("torch", "transformers", "peft")}
+    record["versions"] = versions("torch", "transformers", "peft")
     record["seconds"] = round(time.perf_counter() - started, 3)
     if out is not None:
         write_evaluation(out, record, overwrite=overwrite)

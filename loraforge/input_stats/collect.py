@@ -24,6 +24,7 @@ from loraforge.errors import LoraforgeError, UsageError
 from loraforge.input_stats.file import account, check_out
 from loraforge.input_stats.run import Progress, run_batches
 from loraforge.linalg.device import choose_device, named_when_full, peak_bytes
+from loraforge.provenance import versions
 
 LESS = "a smaller --batch-tokens, --kind diag, --base-dtype bfloat16, or --device cpu"
 
@@ -110,7 +111,7 @@ def collect_stats(
         "samples": sum(len(batch.indices) for batch in mine),
         "batches": len(mine),
         "dtype": dtype,
-        "versions": _versions(),
+        "versions": versions("torch", "transformers"),
     }
     with named_when_full(where, "collecting input statistics", sums.at, LESS):
         done = run_batches(sums, mine, place, about, resume=resume, overwrite=overwrite, progress=progress)
@@ -189,11 +190,3 @@ def _read(
 
 def _name(base: Any) -> str:
     return type(base).__name__ if isinstance(base, nn.Module) else os.fspath(base)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    from loraforge import __version__
-
-    return {"loraforge": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -21,6 +21,8 @@ FISHER, UPDATE, SPECTRUM = "gradfisher_pre.jsonl", "update.jsonl", "spectrum.jso
 HEADS, STATS, CASES = "heads.csv", "stats.json", "cases.json"
 LAYOUT, CONFIG, REPORT = "layout.json", "run_config.json", "report.html"
 INITIAL, FINAL = "ckpt_init", "ckpt_final"
+# Packages whose versions decide the numbers.
+PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
 def json_number(value: Any) -> Any:
@@ -66,6 +68,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         seen.add(key)
         found.append(line)
     return found
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Refuses a file's place that is taken.
+
+    Raises:
+        LoraforgeError: The file is there and may not be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise LoraforgeError("the output exists", where=path, hint="choose another place, or add --overwrite")
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:

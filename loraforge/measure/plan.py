@@ -19,6 +19,7 @@ from loraforge.measure.files import (
     IMPORTANCE,
     INITIAL,
     LAYOUT,
+    PACKAGES,
     REPORT,
     SPECTRUM,
     STATS,
@@ -28,13 +29,14 @@ from loraforge.measure.files import (
 from loraforge.measure.importance.gradients import measure_fisher
 from loraforge.measure.importance.measure import measure_importance
 from loraforge.measure.initial import ABOUT, write_initial
-from loraforge.measure.record import LORA, Trained, versions
+from loraforge.measure.record import LORA, Trained
 from loraforge.measure.settings import MeasureSettings
-from loraforge.measure.steps import OF, Step, commit
+from loraforge.measure.steps import OF, Step
 from loraforge.measure.subjects.subject import Subject, open_subject
 from loraforge.measure.updates.paths import PATH, PATH_HEADS, measure_path
 from loraforge.measure.updates.spectra import SPECTRUM_HEADS, measure_spectrum
 from loraforge.measure.updates.update import measure_update
+from loraforge.provenance import commit, versions
 from loraforge.tasks.rows import read_rows
 from loraforge.tasks.spec import SPLITS
 
@@ -86,7 +88,7 @@ class Plan:
             "subset": {"n": len(self.indices), "seed": self.settings.subset_seed, "sha256": digest_of(self.indices)},
             "measure": self.settings.record(), "train": record.get("train"), "lora": dict(lora) or None,
             "metrics": {split: found["metrics"] for split, found in metrics.items()},
-            "versions": versions(), "commit": commit(),
+            "versions": versions(*PACKAGES), "commit": commit(),
         }  # fmt: skip
 
     def close(self) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import loraforge
 from loraforge.adapters import open_adapter
 from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError, raise_problems
@@ -135,13 +132,6 @@ def open_trained(
         final_sha256=(open_checkpoint(place) if adapter is None else open_adapter(place)).sha256,
         record=record,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the numbers."""
-    names = ("torch", "transformers", "peft", "numpy")
-    own = {"loraforge": loraforge.__version__, "python": platform.python_version()}
-    return own | {name: metadata.version(name) for name in names}
 
 
 def _final(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loraforge.errors import LoraforgeError
-from loraforge.measure.files import CONFIG, STATS, SUBSET, SUBSET_ABOUT
+from loraforge.measure.files import CONFIG, IMPORTANCE, STATS, SUBSET, SUBSET_ABOUT
 from loraforge.measure.plan import Plan, Progress
 from loraforge.measure.record import Trained, open_trained
 from loraforge.measure.settings import MeasureSettings
@@ -72,11 +72,18 @@ def measure_run(
     )
     folder = trained.out
     with _held(folder):
+        drawn = not (folder / SUBSET).is_file()
         indices = _rows(trained, chosen, overwrite=bool(overwrite))
         plan = Plan(trained, chosen, indices, norms=norms, progress=progress)
         record = Record(folder, plan.about(command))
         try:
             told = do_steps(plan.steps(), folder, record, overwrite=overwrite, others=[Path(o) for o in others])
+        except LoraforgeError:
+            if drawn and not any(folder.glob(f"*{IMPORTANCE['pre']}*")):
+                # Nothing was measured on these rows: a corrected call draws its own.
+                for name in (SUBSET, SUBSET_ABOUT):
+                    (folder / name).unlink(missing_ok=True)
+            raise
         finally:
             plan.close()
     stats = json.loads((folder / STATS).read_text(encoding="utf-8"))

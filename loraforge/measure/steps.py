@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import loraforge
 from loraforge.errors import LoraforgeError, raise_problems
 from loraforge.measure.files import CONFIG, log_of, write_json
 
 DONE, SKIPPED, COPIED = "done", "skipped", "copied"
+ANEW = "--overwrite does all of it anew; or choose another --out"
+ALONE = "loraforge measure aggregate, then plot, redo these alone; or choose another --out"
 # Setting that tells of which other steps' settings a step follows.
 OF = "of"
 # What only a step finds out, kept in run_config.json.
@@ -83,19 +83,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def commit() -> str | None:
-    """Commit of the program's own repository; None where it was installed from a package."""
-    home = Path(loraforge.__file__).resolve().parents[1]
-    if not (home / ".git").exists():
-        return None
-    command = ["git", "-C", str(home), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
 def do_steps(
     steps: Sequence[Step],
     folder: Path,
@@ -161,7 +148,7 @@ def _check_changed(steps: Sequence[Step], folder: Path, record: Record) -> None:
         [
             LoraforgeError(
                 f"done with other settings: {', '.join(step.name for step in changed)}", where=folder,
-                got=difference, hint="--overwrite does all of it anew; or choose another --out",
+                got=difference, hint=ANEW if any(OF not in step.settings for step in changed) else ALONE,
             )
             for difference, changed in differences.items()
         ]

@@ -7,12 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-import loraforge
 from loraforge.kernels.backend import kernel_report
 from loraforge.linalg.device import peak_bytes, peak_rss
 from loraforge.merging.job import Job
+from loraforge.provenance import versions
 
 
 def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None, seconds: float) -> dict[str, Any]:
@@ -65,7 +63,7 @@ def merge_report(job: Job, layers: Sequence[Mapping[str, Any]], seed: int | None
         "peak_device_bytes": peak_bytes(job.device),
         "seed": getattr(job.params, "seed", seed),
         "kernels": kernel_report(),
-        "versions": {"loraforge": loraforge.__version__, "torch": torch.__version__},
+        "versions": versions("torch"),
         "warnings": list(dict.fromkeys([*job.warnings, *notes])),
         "layers": [dict(layer) for layer in layers],
     }

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from loraforge import __version__
 from loraforge.pipelines.build import Build
 from loraforge.pipelines.fetching import Tell, check_present, fetch
 from loraforge.pipelines.heads import comparison_names, comparison_stages, prepare_comparison
@@ -30,6 +27,7 @@ from loraforge.pipelines.stages import (
     survey,
 )  # fmt: skip
 from loraforge.pipelines.steps import prepare, stages_of
+from loraforge.provenance import versions
 from loraforge.report.page import whole_file
 from loraforge.report.pipeline import write_pipeline_report
 
@@ -175,7 +173,11 @@ def _told(statuses: Sequence[Status], ran: Sequence[Status]) -> list[dict[str, A
 
 def _results(build: Build, statuses: Sequence[Status]) -> dict[str, Any]:
     pipeline = build.pipeline
-    shared = {"description": pipeline.description, "base": pipeline.base, "versions": _versions()}
+    shared = {
+        "description": pipeline.description,
+        "base": pipeline.base,
+        "versions": versions("torch", "transformers", "peft"),
+    }
     records = {status.stage.name: status.record for status in statuses}
     if pipeline.comparison is not None:
         return shared | comparison_results(build, records)
@@ -188,8 +190,3 @@ def _paths(build: Build) -> dict[str, str]:
     merges = build.pipeline.merges
     result = build.merged(merges[0]) if merges else out / build.inputs_kind
     return {"result": str(result), "numbers": str(out / RESULTS), "report": str(out / REPORT)}
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft")
-    return {"loraforge": __version__, "python": platform.python_version()} | {n: metadata.version(n) for n in names}

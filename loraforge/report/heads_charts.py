@@ -144,10 +144,11 @@ def scatter(
 
 
 def _intervals(axes: Axes, rows: Sequence[Row], x: str, y: str, column: str, side: str) -> None:
-    """95 % intervals of importance as thin lines behind the points."""
+    """95 % intervals of importance as thin lines behind the points; the more, the paler."""
+    alpha = 0.28 if len(rows) <= 40 else 0.15
     for row in rows:
         ends, other = [row[f"{column}_lo"], row[f"{column}_hi"]], [row[y if side == "x" else x]] * 2
-        axes.plot(*((ends, other) if side == "x" else (other, ends)), "-", color=INK, alpha=0.28, linewidth=0.9)
+        axes.plot(*((ends, other) if side == "x" else (other, ends)), "-", color=INK, alpha=alpha, linewidth=0.9)
 
 
 def shade_corners(axes: Axes, content: Content) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from loraforge.report import heads_compare_charts as charts
 from loraforge.report import heads_words as words
-from loraforge.report.heads_axes import head_name, is_plain
+from loraforge.report.heads_axes import head_name, is_plain, signed
 from loraforge.report.heads_charts import head_key, known
 from loraforge.report.heads_pictures import Draw, write_pictures
 from loraforge.report.heads_spectra_charts import has_ranks, ranks_chart

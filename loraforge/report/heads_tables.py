@@ -63,11 +63,17 @@ def _percent(value: float | None) -> str | None:
     return f"{value:.1%}" if value is not None and present(value) else None
 
 
+def _short(value: float | None) -> str | None:
+    return f"{value:.3g}".replace("-", "−") if value is not None and present(value) else None
+
+
 def case_table(content: Content, name: str) -> Table:
     """The heads of one kind of case."""
     plain, columns = is_plain(content["heads"]), ("I_pre", "Urel", "U", "G", "Ppred")
     lines = content["cases"].get(name) or ()
-    return Table(("head", *columns), tuple((head_name(row, plain), *map(row.get, columns)) for row in lines))
+    return Table(
+        ("head", *columns), tuple((head_name(row, plain), *(_short(row.get(c)) for c in columns)) for row in lines)
+    )
 
 
 def components_table(content: Content) -> Table:

@@ -14,12 +14,13 @@ from loraforge.calibrate.encode import load_tokenizer
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.evaluation.metrics import default_metric
 from loraforge.linalg.device import choose_device
+from loraforge.provenance import versions
 from loraforge.tasks import TaskData, TaskSpec, load_model, load_task, resolve_kind
 from loraforge.tasks.spec import SPLITS
 from loraforge.training.log import Progress, check_tensorboard
 from loraforge.training.options import LoraOptions, adapt
 from loraforge.training.plan import Plan, is_sharded, make_plan
-from loraforge.training.record import base_record, data_record, task_record, versions
+from loraforge.training.record import PACKAGES, base_record, data_record, task_record
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def about_of(job: Job) -> dict[str, Any]:
         "seed": request.seed,
         "device": str(job.device),
         "dtype": request.dtype,
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "fresh": list(job.fresh),
         "parameters": sum(p.numel() for p in bare.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainable),

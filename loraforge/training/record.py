@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import loraforge
 from loraforge.storage.files import sha256_of
 from loraforge.tasks import TaskData, TaskSpec
 
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the numbers."""
-    import accelerate
-    import peft
-    import transformers
-
-    return {
-        "loraforge": loraforge.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "accelerate": accelerate.__version__,
-        "python": platform.python_version(),
-    }
+# Packages whose versions decide the numbers.
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
 def base_record(base: str | Path, config: Any) -> dict[str, Any]:

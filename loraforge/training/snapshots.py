@@ -17,7 +17,7 @@ class Snapshots(TrainerCallback):
 
     Args:
         folder: Where to.
-        wanted: A number of snapshots, at steps that grow by a factor, the last at the end; or the steps (0 is the start).
+        wanted: A number of snapshots, at steps that grow by a factor up to the last; or the steps (0 is the start).
         save: Writes what is trained of a model into a folder.
     """
 

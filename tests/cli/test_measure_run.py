@@ -45,9 +45,9 @@ def test_people_read_numbers_beside_chance(run: Run, calls: list[dict[str, Any]]
     assert result.exit_code == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     assert "LoRA, r 8 on rte, seed 1: 144 heads".split() in lines
-    assert ["rho(I_pre,", "U)", "0.21", "within", "±0.16"] in lines
+    assert ["rho(I_pre,", "U)", "0.210", "within", "±0.16"] in lines
     assert ["rho(I_post,", "U)", "-", "within", "±0.16"] in lines
-    assert ["top-K", "overlap", "of", "I_pre", "and", "U", "0.35", "0.14"] in lines
+    assert ["top-K", "overlap", "of", "I_pre", "and", "U", "0.350", "0.14"] in lines
     assert ["important", "but", "static", "7", "4.5", "(2", "to", "8)"] in lines
     assert ["plastic", "but", "unimportant", "3", "-"] in lines
     assert ["report", "runs/a/report.html"] in lines

@@ -37,7 +37,7 @@ def test_ranks_beside_the_uniform_ones(run: Run, measured: Path) -> None:
     assert result.exit_code == 0, result.stderr
     for words in ("uniform rank 4", "layer.1.attention.self.query", "claims nothing without a run", "--rank-pattern"):
         assert words in result.stdout
-    found = only_object(run("suggest", "ranks", measured, "--mean-rank", 2, "--json"))
+    found = only_object(run("suggest", "ranks", measured, "--mean-rank", 2, "--overwrite", "--json"))
     assert found["budget"] == 2 * 8 * 32 and found["patterns"] == json.loads(
         (measured / "rank_pattern.json").read_text()
     )

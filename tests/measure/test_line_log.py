@@ -34,7 +34,8 @@ def test_a_log_is_taken_up_by_equal_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "tail", [b'{"layer": 0, "he', b'{"layer": 0, "head": 9}', b"\xff\xfe\n", b"null\n"], ids=["torn", "no end", "bytes", "no object"]
+    "tail", [b'{"layer": 0, "he', b'{"layer": 0, "head": 9}', b"\xff\xfe\n", b"null\n"],
+    ids=["torn", "no end", "bytes", "no object"],
 )  # fmt: skip
 def test_what_is_behind_the_last_whole_line_goes(tail: bytes, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
@@ -68,7 +69,11 @@ def test_other_settings_start_anew(tmp_path: Path) -> None:
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     """Lines of two runs with different settings must not come into one log."""
     out = tmp_path / "a.jsonl"
-    child = f"from pathlib import Path\nfrom loraforge.measure.files import LineLog\nLineLog(Path({str(out)!r}), {{'a': 2}})"
+    child = f"""
+from pathlib import Path
+from loraforge.measure.files import LineLog
+LineLog(Path({str(out)!r}), {{'a': 2}})
+"""
     with LineLog(out, {"a": 1}) as log:
         log.add(LINES[0])
         done = subprocess.run([sys.executable, "-c", child], capture_output=True, check=False, text=True)

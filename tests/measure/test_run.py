@@ -188,8 +188,16 @@ def test_other_settings_are_refused_and_overwrite_starts_anew(
     home: Path, measured: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     shutil.copytree(home / "FFT", tmp_path / "run")
-    with pytest.raises(LoraforgeError, match='(?s)importance_pre, importance_post.*ablate was "zero", now "mean"'):
+    with pytest.raises(
+        LoraforgeError, match='(?s)importance_pre, importance_post.*ablate was "zero", now "mean"'
+    ) as caught:
         measure_run(tmp_path / "run", **QUICK, ablate="mean")
+    # What follows from it is not told as a change of its own.
+    assert "aggregate" not in str(caught.value)
+    with pytest.raises(LoraforgeError, match="(?s)topk was 20, now 2.*measure aggregate, then plot, redo these alone"):
+        measure_run(tmp_path / "run", **QUICK, topk=2)
+    with pytest.raises(UsageError, match="(?s)'lo'.*lo 30, hi 20.*lo below hi"):
+        measure_run(tmp_path / "run", **QUICK, hi=20)
     with pytest.raises(LoraforgeError, match=r"(?s)rows of this run were drawn otherwise.*asked 1024"):
         measure_run(tmp_path / "run", **QUICK, subset=5)
     before = content(tmp_path / "run")
@@ -199,6 +207,14 @@ def test_other_settings_are_refused_and_overwrite_starts_anew(
     assert set(states(anew).values()) == {"done"}
     assert len(json.loads((tmp_path / "run/eval_subset.json").read_text())) == 5
     assert content(tmp_path / "run")["update.jsonl"] == before["update.jsonl"]
+
+
+def test_a_call_that_measured_nothing_leaves_no_rows_behind(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "FFT/ckpt_final", tmp_path / "run/ckpt_final")
+    with pytest.raises(LoraforgeError, match="(?s)no such layer"):
+        measure_run(tmp_path / "run", **QUICK, method="taylor", layers="9-12", subset=4)
+    assert not (tmp_path / "run/eval_subset.json").exists()
+    assert measure_run(tmp_path / "run", **QUICK, method="taylor", subset=5)["n_heads"] == 4
 
 
 def test_a_subset_of_ones_own_is_taken(home: Path, tmp_path: Path) -> None:

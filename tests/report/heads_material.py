@@ -85,7 +85,7 @@ def make_run(layers: int = 6, heads: int = 12, seed: int = 0, method: str = "FFT
         for a, b in pairs
     }  # fmt: skip
     slope, intercept = np.polyfit(*(column([r for r in rows if r["G"]], key) for key in ("U", "Ppred")), 1)
-    taken = {"objective": "task", "method": "exact", "ablate": "zero", "n": 277}
+    taken = {"objective": "task", "method": "exact", "ablate": "zero", "subject": {"n": 277}}
     return {
         "name": name or f"{method} on rte, seed {seed}", "method": method, "task": "rte", "seed": seed,
         "rank": 8 if method == "LoRA" else None, "profile": "default", "hi": 90, "lo": 30,

@@ -11,6 +11,7 @@ import pytest
 from loraforge.report import heads_words as words
 from loraforge.report.heads import run_html, write_run_report
 from loraforge.report.heads_pictures import ALT, pictures, write_pictures
+from loraforge.report.heads_tables import case_table, components_table
 from tests.report.heads_material import make_run
 from tests.report.test_html import HOSTILE, _Page
 from tests.report.test_sortable import BROWSER, PROBE, browse
@@ -68,6 +69,7 @@ def test_the_page_holds_the_numbers_and_their_chance_levels(html: str) -> None:
         "hypothesis",
         "loraforge measure run out/RTE",
         "torch 2.13.0",
+        "rows measured 277",
     ):
         assert said in text
 
@@ -136,3 +138,12 @@ def test_cases_are_told_beside_chance(count: int, said: str) -> None:
     run["stats"]["n_important_but_static"] = count
     run["null"]["cases"]["important_but_static"] = {"expected": 4.0, "lo": 2, "hi": 8}
     assert any(said in told and "static" in told for told in words.findings(run))
+
+
+def test_tables_have_true_minuses_and_few_digits() -> None:
+    line = {"layer": 0, "head": 1, "I_pre": -9.16512e-05, "Urel": 0.0760712, "U": 2.1, "G": 0.002, "Ppred": 0.5}
+    content = make_run(2, 4)
+    content["cases"] = content["cases"] | {"important_but_static": [line]}
+    assert case_table(content, "important_but_static").rows[0][:3] == ("L0H1", "−9.17e−05", "0.0761")
+    part = {"part": "q", "U": 1.0, "share": 0.3217, "relative": None, "rho_Ipre": -0.14149, "rho_Ipost": None}
+    assert components_table(content | {"components": [part]}).rows == (("W_q", 1.0, "32.2%", None, "−0.141", None),)

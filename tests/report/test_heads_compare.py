@@ -49,6 +49,32 @@ def test_histograms_share_their_bins(pair: dict[str, Any]) -> None:
             assert heights == [24, 24], f"every head is in a bin of {column}"
 
 
+def test_numbers_of_the_panels_do_not_run_into_each_other() -> None:
+    content = make_comparison(layers=2)
+    for run in content["runs"].values():
+        for i, row in enumerate(run["heads"]):
+            row["I_pre"] = (i - 14) * 1e-4
+    with charts.panels_chart(content) as drawn:
+        drawn.draw_without_rendering()
+        for axes in drawn.axes[:2]:
+            low, high = axes.get_xlim()
+            ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            boxes = [label.get_window_extent() for place, label in ticks if low <= place <= high]
+            assert len(boxes) > 2 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+def test_the_verdict_of_a_run_is_said_once(pair: dict[str, Any]) -> None:
+    page = _Page(compare_html(pair | {"findings": ["FFT: no relation.", "LoRA-r8: no relation."]}))
+    assert page.text.count("FFT: no relation.") == page.text.count("LoRA-r8: no relation.") == 1
+    assert "between importance before training and relative update" not in page.text
+
+
+def test_differences_of_counts_are_whole(pair: dict[str, Any]) -> None:
+    rows = {row[0].split(":")[0]: row[1] for row in difference_table(pair).rows}
+    counts = [rows[name] for name in ("important but static", "plastic but unimportant") if name in rows]
+    assert counts and all("." not in count for count in counts)
+
+
 def test_panels_share_their_axes(pair: dict[str, Any]) -> None:
     with charts.panels_chart(pair) as drawn:
         left, right = drawn.axes[:2]
@@ -63,7 +89,7 @@ def test_importance_before_training_is_compared_only_where_the_starts_differ(pai
     content = pair | {"comparison": pair["comparison"] | {"same_start": same}}
     with charts.headwise_chart(content) as drawn:
         titles = [axes.get_title(loc="left").split("\n")[0] for axes in drawn.axes]
-    assert titles[:2] == ["relative update Urel", "importance after training, I_post"]
+    assert titles[:2] == ["relative update Urel = ‖ΔW‖ / Σ‖W₀‖", "importance after training, I_post"]
     assert ("importance before training, I_pre" in titles) is not same
 
 

@@ -81,30 +81,45 @@ def aggregate(
 
 def _print(voice: Output, found: Mapping[str, Any]) -> None:
     """The document's statistics beside what chance gives."""
+    from loraforge.measure.analysis.seeds_text import chance as told
+    from loraforge.measure.analysis.seeds_text import number
+
     stats = found["stats"]
     rows: list[list[object]] = []
     for pair, rho in stats.get("rho", {}).items():
         key = f"spearman_rho_{pair}"
         if key in stats or voice.verbose:
-            rows.append([f"rho {pair}", rho["rho"], _range(rho.get("ci")), _band(rho["rho95"]), rho["p_perm"]])
+            rows.append(
+                [f"rho {pair}", number(rho["rho"]), _range(rho.get("ci")), _band(rho["rho95"]), told(rho["p_perm"])]
+            )
     for pair, overlap in stats.get("overlap", {}).items():
-        rows.append([f"top-{overlap['k']} {pair}", overlap["overlap"], None, overlap["expected"], overlap["p"]])
+        rows.append(
+            [
+                f"top-{overlap['k']} {pair}",
+                number(overlap["overlap"]),
+                None,
+                number(overlap["expected"]),
+                told(overlap["p"]),
+            ]
+        )
     for kind, chance in stats.get("null", {}).get("cases_expected", {}).items():
         if chance is not None:
             within = "{} to {}".format(*chance["range95"])
-            rows.append([kind.replace("_", " "), chance["observed"], None, within, chance["p"]])
+            rows.append([kind.replace("_", " "), chance["observed"], None, within, told(chance["p"])])
     if rows:
-        cells = [[name, *("-" if cell is None else cell for cell in row)] for name, *row in rows]
+        cells = [["-" if cell is None else cell for cell in row] for row in rows]
         voice.table(["statistic", "value", "95 %", "by chance", "p"], cells, title=f"{found['heads']} heads")
     else:
-        voice.table(["statistic", "value"], [[key, value] for key, value in stats.items()])
+        voice.table(["statistic", "value"], [[key, number(value)] for key, value in stats.items()])
     for file in found["files"]:
         voice.line(f"written   {file}")
 
 
 def _print_seeds(voice: Output, summary: Mapping[str, Any], folder: str, report: bool) -> None:
+    from loraforge.measure.analysis.seeds_text import number
+
     rows = [
-        [method, task, key, spread["mean"], spread["sd"], spread["min"], spread["max"], spread["n"]]
+        [method, task, key, *(number(spread[name]) for name in ("mean", "sd", "min", "max")), spread["n"]]
         for method, tasks in summary["statistics"].items()
         for task, statistics in tasks.items()
         for key, spread in statistics.items()

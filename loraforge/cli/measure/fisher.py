@@ -59,7 +59,7 @@ def fisher(
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Gradients of the loss by each head's gate: plasticity G, Fisher information F, and their ratio."""
+    """Gradients of the loss by each head's gate: plasticity G, Fisher F, their ratio."""
     arguments = subject_arguments(ctx.params)
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
     with voice.session():

@@ -127,7 +127,10 @@ def run(
     verbose: opt.Verbose = False,
     debug: opt.Debug = False,
 ) -> None:
-    """Measure all of a training: importance, Fisher, update, statistics, pictures; resumed where it was broken off."""
+    """Measure all of a training, step by step; resumed where it was broken off.
+
+    Importance before and after, Fisher, update, spectra, statistics, pictures.
+    """
     settings = {key: value for key, value in ctx.params.items() if key not in _NOT_SETTINGS}
     settings |= _subset(subset) | {"device": device or "auto"}
     voice = Output(as_json=json, quiet=quiet, verbose=verbose)
@@ -176,12 +179,14 @@ def _subset(text: str) -> dict[str, Any]:
 
 def _print(voice: Output, found: Mapping[str, Any]) -> None:
     """The statistics beside what chance gives, the steps with -v, and where everything is."""
+    from loraforge.measure.analysis.seeds_text import number
+
     for warning in found["warnings"]:
         voice.note(f"note: {warning}")
     stats, null = found["stats"], found["stats"].get("null") or {}
     rank = "" if found["rank"] is None else f", r {found['rank']}"
     title = f"{found['method']}{rank} on {found['task']}, seed {found['seed']}: {found['n_heads']} heads"
-    rows = [[label, stats[key], _chance(key, null)] for key, label in _ROWS.items() if key in stats]
+    rows = [[label, number(stats[key]), _chance(key, null)] for key, label in _ROWS.items() if key in stats]
     voice.table(["statistic", "value", "by chance"], rows, title=title)
     if voice.verbose:
         steps = [[step["name"], step["state"], round(step["seconds"], 1)] for step in found["steps"]]

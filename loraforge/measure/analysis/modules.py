@@ -154,7 +154,11 @@ def _energies(run: Run) -> dict[str, float]:
         return {line["module"]: float(line["rank90"]) for line in lines if line["rank90"] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "loraforge measure spectrum writes it"
-        raise LoraforgeError("the spectra cannot be read", where=path, got=error, hint=hint) from error
+        raise LoraforgeError("the spectra cannot be read", where=path, got=_why(error), hint=hint) from error
+
+
+def _why(error: Exception) -> object:
+    return (error.strerror if isinstance(error, OSError) else None) or error
 
 
 def _shapes(run: Run, suffixes: Mapping[str, str], base: str | Path | None) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.measure.analysis.modules import Module, read_modules
 from loraforge.measure.analysis.runs import Run, open_run, read_object
-from loraforge.measure.files import FINAL, write_json
+from loraforge.measure.files import FINAL, check_free, write_json
 
 RANK = 8
 NO_CLAIM = "a suggestion claims nothing without a run: train it and the uniform one, and compare"
@@ -39,6 +39,7 @@ def suggest_ranks(
     parts: str = "qkvo",
     base: str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Deals ranks out to a run's projections in proportion to their scores, within a budget of parameters.
 
@@ -56,6 +57,7 @@ def suggest_ranks(
         parts: Which of q, k, v and o.
         base: Model for the shapes, where the run does not lead to it.
         out: File; default rank_pattern.json in the run's folder.
+        overwrite: Replace it.
 
     Returns:
         {by, budget, parameters, scaling, uniform: {r, parameters}, modules: [{module, key, parts, layer, score, cost,
@@ -91,6 +93,7 @@ def suggest_ranks(
         "alpha_pattern": {re.escape(module.suffix): alpha for module, _, alpha in used},
     }
     path = Path(out) if out is not None else run.folder / RANKS
+    check_free(path, overwrite=overwrite)
     write_json(path, patterns)
     return {
         "by": by,
@@ -118,6 +121,7 @@ def suggest_targets(
     parts: str = "qkvo",
     base: str | Path | None = None,
     out: str | Path | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Picks the projections with the largest score per parameter until a budget is spent, all at one rank.
 
@@ -132,6 +136,7 @@ def suggest_targets(
         parts: Which of q, k, v and o to choose among.
         base: Model for the shapes, where the run does not lead to it.
         out: File; default targets.json in the run's folder.
+        overwrite: Replace it.
 
     Returns:
         {by, budget, r, parameters, score_share (of all projections' score), uniform: {r, parameters}, modules:
@@ -171,6 +176,7 @@ def suggest_targets(
         "targets": [module.suffix for i, module in enumerate(modules) if i in chosen],
     }
     path = Path(out) if out is not None else run.folder / TARGETS
+    check_free(path, overwrite=overwrite)
     write_json(path, patterns)
     uniform = int(budget // costs.sum())
     return {

@@ -12,7 +12,7 @@ from loraforge.measure.heads.layout import HeadKey
 
 Array = NDArray[np.float64]
 # Half a width of a 95 % interval of a mean, in standard errors.
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,7 @@ def _mean(heads: tuple[HeadKey, ...], values: Array) -> Estimate:
     n = len(values)
     value = values.mean(0)
     se = values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(value), np.nan)
-    return Estimate(heads, value, se, value - _Z95 * se, value + _Z95 * se)
+    return Estimate(heads, value, se, value - Z95 * se, value + Z95 * se)
 
 
 def fisher(gradients: GateGradients, *, eps: float = 1e-6, relative: bool = True) -> Fisher:

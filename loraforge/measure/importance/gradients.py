@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean, raise_problems
-from loraforge.measure.files import json_number, write_json, write_lines
+from loraforge.measure.files import PACKAGES, json_number, write_json, write_lines
 from loraforge.measure.importance.backward import Progress, gate_gradients
 from loraforge.measure.importance.estimates import Estimate, Fisher, GateGradients, fisher, michel, taylor
-from loraforge.measure.record import versions
 from loraforge.measure.subjects.batch import ORDERS
 from loraforge.measure.subjects.objectives import make_objective
 from loraforge.measure.subjects.subject import Subject
+from loraforge.provenance import versions
 
 __all__ = ["Estimate", "Fisher", "GateGradients", "fisher", "gate_gradients", "measure_fisher", "michel", "taylor"]
 
@@ -98,7 +98,7 @@ def measure_fisher(
         about = {
             **asdict(how), **loss.record, "eps_added": found.eps, "loss": float(gradients.losses.mean()),
             "gradients": len(gradients.s), "n_samples": gradients.n_samples, "rows": list(subject.indices),
-            "subject": subject.record, "layout_sha256": subject.layout.sha256, "versions": versions(),
+            "subject": subject.record, "layout_sha256": subject.layout.sha256, "versions": versions(*PACKAGES),
             "seconds": time.perf_counter() - started,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)

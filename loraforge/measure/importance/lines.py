@@ -12,9 +12,8 @@ from torch import Tensor
 
 from loraforge.measure.files import json_number
 from loraforge.measure.importance.choice import Unit
+from loraforge.measure.importance.estimates import Z95
 from loraforge.measure.importance.settings import ImportanceSettings
-
-_NORMAL_95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
 
 def importance_line(unit: Unit, values: Tensor, base: Tensor, method: str, asked: ImportanceSettings) -> dict[str, Any]:
@@ -30,7 +29,7 @@ def importance_line(unit: Unit, values: Tensor, base: Tensor, method: str, asked
     n = len(values)
     mean = float(values.mean())
     se = float(values.std(correction=1)) / math.sqrt(n) if n > 1 else math.nan
-    low, high = mean - _NORMAL_95 * se, mean + _NORMAL_95 * se
+    low, high = mean - Z95 * se, mean + Z95 * se
     line = {
         "layer": unit.key.layer, "head": unit.key.head, "I": mean, "loss_base": float(base.mean()),
         "loss_ablate": float((base + values).mean()) if method == "exact" else None, "n": n, "se": se, "ci_lo": low,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraforge.errors import LoraforgeError
 from loraforge.evaluation.batches import Progress
-from loraforge.measure.files import LineLog, key_of, write_json
+from loraforge.measure.files import PACKAGES, LineLog, key_of, write_json
 from loraforge.measure.heads.layout import HeadKey
 from loraforge.measure.importance.ablation import make_fills
 from loraforge.measure.importance.choice import Unit, read_layers, units_of
@@ -29,9 +29,9 @@ from loraforge.measure.importance.noise import noise_floor
 from loraforge.measure.importance.passes import Passes
 from loraforge.measure.importance.screen import chosen_for_exact, reliability
 from loraforge.measure.importance.settings import DOCUMENT_BATCH, DOCUMENT_KEYS, EXACT_TOP, ImportanceSettings
-from loraforge.measure.record import versions
 from loraforge.measure.subjects.objectives import Objective, make_objective
 from loraforge.measure.subjects.subject import Subject
+from loraforge.provenance import versions
 
 Tell = Callable[[str], None]
 
@@ -94,8 +94,7 @@ def measure_importance(
         CheckFailed: A loss that is not finite.
     """
     chosen = read_layers(layers) if isinstance(layers, str) else None if layers is None else sorted(set(layers))
-    if method == "screen" and exact_top is None:
-        exact_top = EXACT_TOP
+    exact_top = EXACT_TOP if method == "screen" and exact_top is None else exact_top
     asked = ImportanceSettings(
         method, objective, ablate, unit, chosen, max_heads, exact_top, 1 if profile == "document" else tokens_per_pass,
         probe_steps, seed, profile,
@@ -116,7 +115,7 @@ def measure_importance(
         if work.log is not None and path is not None:
             write_json(path.with_name(f"{path.stem}.meta.json"), {"phase": phase, **work.about()})
             work.log.finish(lines)
-    return lines
+        return lines
 
 
 class _Measurement:
@@ -132,8 +131,8 @@ class _Measurement:
         tell: Tell | None,
         held: ExitStack,
     ) -> None:
-        self.subject, self.asked, self.cache_bytes = subject, asked, cache_bytes
-        self.progress, self.tell = progress, tell
+        self.subject, self.asked, self.progress, self.tell = subject, asked, progress, tell
+        self.cache_bytes = cache_bytes
         self.units = units_of(
             subject.layout, asked.unit, layers=asked.layers, max_heads=asked.max_heads, seed=asked.seed
         )
@@ -151,7 +150,7 @@ class _Measurement:
         batches = {"batch_size": subject.batch_size, "order": subject.order, "rows_sha256": digest_of(subject.indices)}
         return {
             **asdict(self.asked), **batches, "subject": subject.record, "layout_sha256": subject.layout.sha256,
-            "versions": versions(),
+            "versions": versions(*PACKAGES),
         }  # fmt: skip
 
     def run(self) -> list[dict[str, Any]]:
@@ -204,8 +203,7 @@ class _Measurement:
         with passes:
             base = passes.losses_base
             if asked.method != "screen":
-                rows = [row for batch in passes.batches for row in batch.indices]
-                self._note_floor(objective, rows, base)
+                self._note_floor(objective, [row for batch in passes.batches for row in batch.indices], base)
             # Heads that share passes have to do so again, so that their numbers are the same to the last bit.
             blocks = self.subject.layout.attentions
             missing = {blocks[unit.attention].block for unit in units if unit.key not in done}
@@ -249,5 +247,4 @@ class _Measurement:
 
     def about(self) -> dict[str, Any]:
         """What is written beside the lines."""
-        seconds = time.perf_counter() - self.started
-        return {**self.settings(), **self.told, "heads": len(self.units), "seconds": seconds}
+        return self.settings() | self.told | {"heads": len(self.units), "seconds": time.perf_counter() - self.started}

@@ -56,6 +56,11 @@ class Saved:
         """Bytes of the tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(self.outputs))
 
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether every tensor has the rows first, or is the same for all of them."""
+        return all(tensor.dim() == 0 or tensor.shape[0] in (1, self.rows) for tensor in _tensors(self.outputs))
+
 
 class Prefix:
     """The layers of a model in the order in which a pass runs them.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError
+from loraforge.measure.files import check_free
 from loraforge.measure.heads.layout import HeadLayout
 
 # What the document's own file has.
@@ -35,8 +36,7 @@ def output_files(
     files = [path, *([path.with_name(f"{path.stem}.meta.json")] if path.suffix == ".jsonl" else [])]
     files += [path.with_name(other) for other in more]
     for file in files:
-        if file.exists() and not overwrite:
-            raise LoraforgeError("the output exists", where=file, hint="choose another place, or add --overwrite")
+        check_free(file, overwrite=overwrite)
     return files
 
 

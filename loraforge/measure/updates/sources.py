@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from loraforge.adapters import Adapter, open_adapter
@@ -72,11 +74,12 @@ def open_changes(
     if final is not None and base is None:
         raise UsageError("--final needs the base that it was fine-tuned from", expected="--base DIR --final DIR")
     start = base if isinstance(base, Checkpoint) or base is None else open_checkpoint(base)
-    about = {"base": None if start is None else str(start.path)}
+    about: dict[str, Any] = {"base": None if start is None else str(start.path)}
     if final is not None and start is not None:
         end = final if isinstance(final, Checkpoint) else open_checkpoint(final)
         layout = layout or layout_of_checkpoint(start)
         dense = DenseChanges(start, end, layout)
+        dense.warnings += other_base(start, end.path)
         notes = list(dense.alignment.notes)
         return Source(dense, layout, about | {"final": str(end.path), "source": "dense", "notes": notes}, False)
     assert adapter is not None
@@ -87,5 +90,17 @@ def open_changes(
     elif layout is None:
         layout = adapter_layout(opened, config=config, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     changes = AdapterChanges(opened, layout, None if start is None else BaseWeights(start, layout))
+    if start is not None:
+        changes.warnings += other_base(start, opened.path)
     about |= {"adapter": str(opened.path), "source": "factors", "format": opened.format}
     return Source(changes, layout, about | {"notes": list(opened.notes)}, alone)
+
+
+def other_base(base: Checkpoint, trained: Path) -> list[str]:
+    """A warning if a training's record names other weights of its base than these."""
+    path = trained / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    recorded = record.get("base_sha256")
+    if not isinstance(recorded, Mapping) or recorded.keys() != base.sha256s.keys() or recorded == base.sha256s:
+        return []
+    return [f"{base.path} is not the base that {path} names: the weights of its files are others"]

@@ -7,13 +7,10 @@ update also gets its relative size and the change of each head's circuits.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loraforge.adapters import Adapter
 from loraforge.checkpoints import Checkpoint
@@ -22,6 +19,7 @@ from loraforge.measure.heads.layout import HeadLayout
 from loraforge.measure.updates.files import checked_word, document_lines, output_files
 from loraforge.measure.updates.lines import Progress, Settings, head_lines, totals, zero_warnings
 from loraforge.measure.updates.sources import Source, open_changes
+from loraforge.provenance import versions
 
 Place = str | os.PathLike[str]
 NORMS = ("document", "l2")
@@ -163,7 +161,7 @@ def measure_update(
         )
     found["meta"] = result.meta | {
         "norm": norm, "profile": profile, "seconds": round(time.perf_counter() - started, 3),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions("torch"),
     }  # fmt: skip
     if files:
         write_lines(files[0], lines)

@@ -10,9 +10,10 @@ from typing import Any
 
 from loraforge.errors import LoraforgeError, UsageError, did_you_mean
 from loraforge.linalg.device import choose_device
+from loraforge.provenance import versions
 from loraforge.training.arguments import training_arguments
 from loraforge.training.ranks import from_first, is_first, wait, world
-from loraforge.training.record import versions
+from loraforge.training.record import PACKAGES
 from loraforge.training.sequence.checks import METHODS
 from loraforge.training.sequence.depends import base_identity, depends_on
 from loraforge.training.sequence.evaluate import is_scored, score_base, score_unit, write_results
@@ -208,7 +209,7 @@ def _begin(work: Work) -> RunState:
     depends = depends_on(spec, work.base, material.kind, material.head_labels, material.train, material.scored)
     problem: LoraforgeError | None = None
     if is_first():
-        about = {"sequence": resolved(spec), "versions": versions(), "processes": world()}
+        about = {"sequence": resolved(spec), "versions": versions(*PACKAGES), "processes": world()}
         try:
             begin(work.run, depends=depends, units=work.units, about=about)
         except LoraforgeError as error:
@@ -218,8 +219,10 @@ def _begin(work: Work) -> RunState:
     if told is not None:
         raise problem or LoraforgeError(told)
     state = read_state(work.run)
-    if state.content["versions"] != versions():
-        work.notify(f"warning: the run was begun with {_told(state.content['versions'])}; now {_told(versions())}")
+    if state.content["versions"] != versions(*PACKAGES):
+        work.notify(
+            f"warning: the run was begun with {_told(state.content['versions'])}; now {_told(versions(*PACKAGES))}"
+        )
     if state.content["processes"] != world():
         work.notify(f"warning: the run was begun with {state.content['processes']} processes; its batches change")
     return state

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.measure.analysis.aggregate import aggregate
 from loraforge.measure.analysis.joined import csv_text, join_heads, read_heads
+from loraforge.measure.analysis.seeds_text import chance, number
 from tests.measure.golden import HEADS, I_POST, I_PRE, UREL, G, U, document_lines, write_run
 
 HEADER = "layer,head,I_pre,I_post,U,Urel,G,F,Ppred,Uq,Uk,Uv,Uo"
@@ -129,6 +130,27 @@ def test_fewer_heads_than_k_cut_k(run: Path) -> None:
     found = aggregate(run)
     assert found["stats"]["topk"] == 12 and found["stats"]["topk_overlap_Ipre_U"] == 1
     assert any("K is 12" in note for note in found["notes"])
+
+
+def test_the_documents_profile_tells_the_k_that_was_asked(run: Path) -> None:
+    assert aggregate(run, profile="document")["stats"]["topk"] == 20
+    assert json.loads((run / "stats.json").read_text())["topk"] == 20
+
+
+def test_a_folder_that_is_not_there_is_named_itself(tmp_path: Path) -> None:
+    with pytest.raises(LoraforgeError, match="(?s)no such run.*nowhere$|(?s:no such run.*nowhere\n)"):
+        aggregate(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("value", "told", "p"),
+    [(3.99e-18, "0.000", "<0.001"), (-1e-5, "0.000", "<0.001"), (0.00617, "0.006", "0.006"), (-0.2, "-0.200", None),
+     (None, "-", "-"), (7, "7", "7")],
+    ids=["rounding", "negative rounding", "small", "negative", "none", "count"],
+)  # fmt: skip
+def test_numbers_have_the_same_decimals(value: float | None, told: str, p: str | None) -> None:
+    assert number(value) == told
+    assert p is None or chance(value) == p
 
 
 def test_optional_files_may_be_missing(run: Path) -> None:

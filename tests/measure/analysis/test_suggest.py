@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tests.measure.golden import write_run
 from tests.tasks.tiny import tiny_base
 
 Make = Callable[..., Path]
+ranks_anew = partial(suggest_ranks, overwrite=True)
+targets_anew = partial(suggest_targets, overwrite=True)
 
 
 @pytest.fixture(scope="module")
@@ -136,26 +139,26 @@ def test_the_default_budget_is_the_runs_own_rank(measured: Make) -> None:
     # Heads -5 (which counts nothing) and 1 against 2 and 3: one to five.
     scores = [row["score"] for row in found["modules"]]
     assert scores == [1.0] * 4 + [5.0] * 4
-    assert suggest_ranks(measured(rank=4), mean_rank=2.5)["budget"] == 20 * 32
-    nested = suggest_ranks(measured(rank=4, lora={"alpha": 12, "rslora": False}), budget=90, r_min=0)
+    assert ranks_anew(measured(rank=4), mean_rank=2.5)["budget"] == 20 * 32
+    nested = ranks_anew(measured(rank=4, lora={"alpha": 12, "rslora": False}), budget=90, r_min=0)
     assert nested["scaling"] == 3.0 and nested["uniform"] == {"r": 0, "parameters": 0} and nested["parameters"] <= 90
-    full = suggest_ranks(measured(rank=None))
+    full = ranks_anew(measured(rank=None))
     assert full["uniform"]["r"] == 8 and full["scaling"] == 2.0
 
 
 def test_scores_of_update_and_fisher_and_energy(measured: Make) -> None:
     folder = measured(rank=4)
-    by_update = {(row["layer"], row["parts"]): row["score"] for row in suggest_ranks(folder, by="U")["modules"]}
+    by_update = {(row["layer"], row["parts"]): row["score"] for row in ranks_anew(folder, by="U")["modules"]}
     assert by_update[0, "q"] == 4.0 + 8.0 and by_update[1, "k"] == 2.0 and by_update[0, "o"] == 0.0
-    assert {row["score"] for row in suggest_ranks(folder, by="F")["modules"]} == {4.0}
+    assert {row["score"] for row in ranks_anew(folder, by="F")["modules"]} == {4.0}
     with pytest.raises(LoraforgeError, match="spectra cannot be read"):
-        suggest_ranks(folder, by="energy")
+        ranks_anew(folder, by="energy")
     names = [attention.q.module for attention in layout(folder).attentions if attention.q]
     (folder / "spectrum.jsonl").write_text(
         "".join(json.dumps({"module": name, "rank90": 1 + 2 * i}) + "\n" for i, name in enumerate(names)),
         encoding="utf-8",
     )
-    found = suggest_ranks(folder, by="energy")
+    found = ranks_anew(folder, by="energy")
     assert [(row["module"], row["score"], row["rank"]) for row in found["modules"]] == [
         (names[0], 1.0, 2), (names[1], 3.0, 6),
     ]  # fmt: skip
@@ -163,9 +166,9 @@ def test_scores_of_update_and_fisher_and_energy(measured: Make) -> None:
 
 def test_a_fused_projection_counts_its_heads_once_and_its_parts_updates_all(measured: Make) -> None:
     folder = measured("gpt2", rank=4)
-    by_importance = {row["parts"]: row["score"] for row in suggest_ranks(folder)["modules"] if row["layer"] == 1}
+    by_importance = {row["parts"]: row["score"] for row in ranks_anew(folder)["modules"] if row["layer"] == 1}
     assert by_importance == {"qkv": 5.0, "o": 5.0}
-    by_update = {row["parts"]: row["score"] for row in suggest_ranks(folder, by="U")["modules"] if row["layer"] == 0}
+    by_update = {row["parts"]: row["score"] for row in ranks_anew(folder, by="U")["modules"] if row["layer"] == 0}
     assert by_update == {"qkv": 12.0 + 2.0 + 4.0, "o": 0.0}
 
 
@@ -200,9 +203,9 @@ def test_targets_by_score_per_parameter(measured: Make) -> None:
     assert found["score_share"] == pytest.approx(48 / 52) and found["uniform"] == {"r": 2, "parameters": 2 * 8 * 32}
     patterns = read_patterns(found["out"])
     assert patterns["r"] == 4 and patterns["alpha"] == 8 and len(patterns["targets"]) == 4
-    assert suggest_targets(folder, by="U", r=2)["patterns"]["alpha"] == 4  # the scaling stays
+    assert targets_anew(folder, by="U", r=2)["patterns"]["alpha"] == 4  # the scaling stays
     with pytest.raises(LoraforgeError, match="pays no projection"):
-        suggest_targets(folder, budget=10)
+        targets_anew(folder, budget=10)
 
 
 def test_cheaper_projections_come_first_at_equal_scores(measured: Make) -> None:
@@ -240,6 +243,8 @@ def test_what_cannot_be_suggested(measured: Make) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             suggest_ranks(folder, **arguments)
+    with pytest.raises(UsageError, match="(?s)larger than a side of a projection.*9999.*at most 16"):
+        suggest_targets(folder, r=9999)
     with pytest.raises(LoraforgeError, match="does not pay the least rank"):
         suggest_ranks(folder, budget=100)
     (folder / "gradfisher_pre.jsonl").unlink()
@@ -248,3 +253,14 @@ def test_what_cannot_be_suggested(measured: Make) -> None:
     (folder / "layout.json").unlink()
     with pytest.raises(LoraforgeError, match="layout of the heads"):
         suggest_ranks(folder)
+
+
+@pytest.mark.parametrize("suggest", [suggest_ranks, suggest_targets], ids=["ranks", "targets"])
+def test_an_earlier_suggestion_is_not_replaced_unasked(suggest: Any, measured: Make, tmp_path: Path) -> None:
+    run = measured()
+    (tmp_path / "out.json").write_text("{}")
+    with pytest.raises(LoraforgeError, match="the output exists"):
+        suggest(run, out=tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text() == "{}"
+    suggest(run, out=tmp_path / "out.json", overwrite=True)
+    assert "targets" in json.loads((tmp_path / "out.json").read_text())

@@ -8,7 +8,7 @@ from torch import nn
 
 from loraforge.measure.heads.doctor import check_layout, confirmed_layout
 from loraforge.measure.heads.find import layout_of_model
-from tests.measure.tiny_heads import ARCHITECTURES, composed
+from tests.measure.tiny_heads import ARCHITECTURES, build, composed
 
 
 def failed_checks(model: nn.Module) -> list[str]:
@@ -55,3 +55,21 @@ def test_a_language_model_with_a_picture_tower_is_confirmed_without_it() -> None
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
     assert {a.stack for a in confirmed_layout(model, inputs=inputs).attentions} == {"enc", "dec"}
     assert failed_checks(composed("bert-gpt2")) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "factors", "whole"),
+    [
+        ("llama", "q_proj", "o_proj"),
+        ("bert", "query", "attention.output.dense"),
+        ("gpt2", "attn.c_proj", "attn.c_attn"),
+    ],
+)  # fmt: skip
+def test_a_projection_that_an_adapter_carries_whole_is_confirmed(name: str, factors: str, whole: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = build(name)
+    layout = layout_of_model(model)
+    settings = LoraConfig(r=2, target_modules=[factors], modules_to_save=[whole], fan_in_fan_out=name == "gpt2")
+    assert confirmed_layout(get_peft_model(model, settings)) == layout

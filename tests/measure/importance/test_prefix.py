@@ -120,6 +120,24 @@ def test_a_skip_around_layers_is_seen_and_passes_run_whole(bert: Subject) -> Non
             handle.remove()
 
 
+def test_what_layers_share_by_name_is_seen_and_passes_run_whole(bert: Subject) -> None:
+    """A layer takes what one far below put aside, as shared keys and values: without it, it breaks."""
+    layers = [module for module in bert.model.modules() if type(module).__name__ == "BertLayer"]
+    shared: dict[str, Tensor] = {}
+    handles = [
+        bert.model.register_forward_pre_hook(lambda _module, _args: shared.clear()),
+        layers[0].attention.register_forward_hook(lambda _module, _args, output: shared.update(first=output[0])),
+        layers[2].register_forward_pre_hook(lambda _module, args: (args[0] + shared["first"], *args[1:])),
+    ]
+    try:
+        with pytest.warns(UserWarning, match="every pass is run whole"):
+            differences, _ = found(bert)
+        assert torch.equal(differences, naive(bert, make_objective("task", bert)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def prefix_of(subject: Subject) -> tuple[Prefix, dict[str, nn.Module], Any]:
     """The prefix of a subject, its layers, and a forward of its first batch."""
     names = list(dict.fromkeys(attention.block for attention in subject.layout.attentions))

@@ -116,10 +116,19 @@ def test_subset_from_a_file_and_by_numbers(folder, tmp_path):
         opened(folder, "bert", subset=path)
 
 
-@pytest.mark.parametrize("subset", [[12], [-1], [], 0], ids=str)
+@pytest.mark.parametrize("subset", [[12], [-1], [], 0, [3, 4, 3]], ids=str)
 def test_rows_that_are_not_there(folder, subset):
     with pytest.raises(LoraforgeError, match="subset"):
         opened(folder, "bert", subset=subset)
+
+
+@pytest.mark.filterwarnings("ignore:.* are cut on the right to 3 tokens")
+def test_the_record_tells_other_inputs_of_the_same_rows(folder):
+    """Heads measured at one length must not be taken up by a measurement at another."""
+    specs = [spec_of(folder), spec_of(folder), spec_of(folder, max_length=3)]
+    whole, again, cut = (open_subject(folder / "bert", task=spec).record for spec in specs)
+    assert whole == again and whole["data_sha256"] == cut["data_sha256"]
+    assert whole["inputs_sha256"] != cut["inputs_sha256"]
 
 
 @pytest.mark.parametrize("asked", [{"order": "random"}, {"batch_size": 0}], ids=["order", "size"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loraforge.checkpoints import open_checkpoint
 from loraforge.errors import LoraforgeError, UsageError
 from loraforge.measure.files import read_lines
 from loraforge.measure.heads.layout import Attention, HeadLayout, Projection
@@ -29,6 +30,7 @@ from tests.measure.update_cases import (
     write_adapter,
     write_base,
 )  # fmt: skip
+from tests.tasks.tiny import tiny_base
 
 # Both sides in float64: what differs is the order of some hundred additions.
 EXACT = 1e-12
@@ -437,3 +439,14 @@ def test_circuits_are_there_where_the_base_is(tmp_path: Path) -> None:
         OV, QK = (np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in (
             (old["o"] @ old["v"], new["o"] @ new["v"]), (old["q"].T @ old["k"], new["q"].T @ new["k"])))  # fmt: skip
         assert line["OV"] == pytest.approx(OV, rel=1e-10) and line["QK"] == pytest.approx(QK, rel=1e-10)
+
+
+def test_a_base_that_the_training_did_not_start_from_is_told(tmp_path: Path) -> None:
+    tiny_base(tmp_path / "base", "bert", seed=1)
+    tiny_base(tmp_path / "other", "bert", seed=2)
+    tiny_base(tmp_path / "final", "bert", seed=3)
+    digests = open_checkpoint(tmp_path / "base").sha256s
+    (tmp_path / "final" / "run.json").write_text(json.dumps({"base_sha256": digests}))
+    right, wrong = (measure_update(tmp_path / name, final=tmp_path / "final") for name in ("base", "other"))
+    assert right["meta"]["warnings"] == []
+    assert ["is not the base" in text for text in wrong["meta"]["warnings"]] == [True]
