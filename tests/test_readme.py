@@ -141,6 +141,19 @@ def test_tables_of_the_six_tasks_are_the_stored_ones() -> None:
             assert between(f"tasks-table-{part}") == stored, part
 
 
+def test_tables_of_the_heads_are_the_stored_ones() -> None:
+    """Here and in the benchmark's own README, which has all of them."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "real" / "heads.py"), "--table"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    whole = (ROOT / "benchmarks" / "real" / "README.md").read_text(encoding="utf-8")
+    for part in ("within", "between", "probe"):
+        marks = rf"<!-- heads-table-{part}:begin -->\n(.*?)<!-- heads-table-{part}:end -->"
+        stored, detailed = (re.search(marks, text, re.DOTALL).group(1).strip() for text in (printed, whole))  # type: ignore[union-attr]
+        assert detailed == stored and len(stored.splitlines()) > 5, part
+        if part == "between":
+            assert between("heads-table-between") == stored
+
+
 @pytest.mark.parametrize("name", ["iteris-against-loop", "merge-factored", "merge-at-size", "entrywise-at-size"])
 def test_speed_figures_are_the_stored_ones(name: str) -> None:
     """Every figure of the speed section that names a results file is in it, rounded as shown."""

@@ -115,6 +115,7 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
                 found["runs"][str(folder.relative_to(work))] = {
                     "accuracy": record["metrics"]["test"]["metrics"]["accuracy"],
                     "stats": json.loads((folder / "stats.json").read_text(encoding="utf-8")),
+                    "commit": json.loads((folder / "run_config.json").read_text(encoding="utf-8"))["commit"],
                     "path": _optional(folder / "path.json"),
                     "spectrum": _spectra(folder / "spectrum.jsonl"),
                 }

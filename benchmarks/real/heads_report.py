@@ -111,10 +111,11 @@ def heading(results: dict[str, Any]) -> str:
     """Where and on what the figures were measured."""
     heads = next(iter(results["runs"].values()))["stats"]["n_heads"]
     seeds = np.array(results["seeds"])
+    measured = ", ".join(sorted({run["commit"][:12] for run in results["runs"].values()}))
     return (
-        f"{results['machine']}, torch {results['torch']}, transformers {results['transformers']}, commit "
-        f"{results['commit']}, {results['date']}. {heads} heads, {results['rows']} rows measured, seeds "
-        f"{', '.join(map(str, seeds))} in this order."
+        f"{results['machine']}, torch {results['torch']}, transformers {results['transformers']}; measured with commit "
+        f"{measured}, compared with {results['commit']}, {results['date']}. {heads} heads, {results['rows']} "
+        f"rows measured, seeds {', '.join(map(str, seeds))} in this order."
     )
 
 

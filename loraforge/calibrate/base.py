@@ -199,19 +199,31 @@ def load_weights(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no report of unused heads from transformers: what matters of it is checked here."""
+def no_bars() -> Iterator[None]:
+    """No progress bars of transformers: who wants to see progress has a callback for it."""
     from transformers.utils import logging
 
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bar:
+        if shown:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of unused heads from transformers: what matters of it is checked here."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_weights(model: nn.Module, modules: Mapping[str, nn.Module], missing: set[str], base: object) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 
+from loraforge.calibrate.base import no_bars
 from loraforge.calibrate.encode import load_tokenizer
 from loraforge.measure.files import write_json
 from loraforge.measure.record import Trained
@@ -45,7 +44,7 @@ def write_initial(folder: Path, trained: Trained, *, whole: bool) -> dict[str, A
     }
     with new_folder(folder) as part:
         if whole:
-            with _no_bars():
+            with no_bars():
                 model.save_pretrained(part)  # type: ignore[operator]
             if trained.kind != "images":
                 load_tokenizer(trained.base, folder).save_pretrained(part)
@@ -59,17 +58,3 @@ def write_initial(folder: Path, trained: Trained, *, whole: bool) -> dict[str, A
                 write_whole(part / HEAD, save(head))
             write_json(part / ABOUT, about)
     return about
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bar of transformers for a file that is written in a moment."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

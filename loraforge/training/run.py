@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 
+from loraforge.calibrate.base import no_bars
 from loraforge.errors import LoraforgeError
 from loraforge.evaluation.score import score_task
 from loraforge.linalg.device import peak_bytes, peak_rss
@@ -27,7 +28,7 @@ from loraforge.training.job import Job, Request, about_of, prepare
 from loraforge.training.log import JsonlLog, StepProgress, read_log, tensorboard_callback
 from loraforge.training.plan import is_sharded
 from loraforge.training.record import write_record
-from loraforge.training.saving import check_weights, no_bars, save_adapter
+from loraforge.training.saving import check_weights, save_adapter
 from loraforge.training.snapshots import EarlyStop, Snapshots, kept_snapshots
 from loraforge.training.trainer import TaskTrainer
 

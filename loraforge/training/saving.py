@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +35,6 @@ def save_adapter(
     )
     (folder / "README.md").unlink(missing_ok=True)
     sort_config(folder / CONFIG)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """No progress bars of transformers: who wants to see progress has a callback for it."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def sort_config(path: Path) -> None:

@@ -18,11 +18,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from loraforge.calibrate.base import prefer_kwargs
+from loraforge.calibrate.base import no_bars, prefer_kwargs
 from loraforge.errors import LoraforgeError
 from loraforge.training.checkpoints import ended_state, mark_whole, named_when_refused, prune_checkpoints
 from loraforge.training.loss import summed_cross_entropy, target_count, task_logits
-from loraforge.training.saving import no_bars, save_adapter
+from loraforge.training.saving import save_adapter
 
 SHIFTED_KINDS = ("causal", "choice")
 Scorer = Callable[[nn.Module], Mapping[str, float]]

@@ -56,6 +56,32 @@ Objective = Annotated[
 ]  # fmt: skip
 ProbeSteps = Annotated[int, typer.Option("--probe-steps", min=0, help="Steps of the probe's head.",
                                          rich_help_panel=HOW)]  # fmt: skip
+Method = Annotated[
+    Literal["exact", "taylor", "michel", "screen", "integrated"],
+    option(HOW, "--method", "Ablate each head; estimate all by gradients (signed, or absolute); both; integrate "
+              "gradients.", default="exact"),
+]  # fmt: skip
+Ablate = Annotated[
+    Literal["zero", "mean", "resample"],
+    option(HOW, "--ablate", "In a head's place: nothing, its mean output, that on another row.", default="zero"),
+]
+Unit = Annotated[
+    Literal["q", "kv"],
+    option(HOW, "--unit", "Each query head, or all that share a key-value head.", default="q"),
+]
+Layers = Annotated[str | None, option(HOW, "--layers", "Layers, as 0-5,7.", metavar="LIST", default="all")]
+MaxHeads = Annotated[
+    int | None, typer.Option("--max-heads", min=1, metavar="N", help="At most so many heads, drawn by --seed.",
+                             rich_help_panel=HOW, show_default="all"),
+]  # fmt: skip
+ExactTop = Annotated[
+    int | None, typer.Option("--exact-top", min=1, metavar="N", help="For screen: heads to ablate, with N/4 others.",
+                             rich_help_panel=HOW, show_default="20"),
+]  # fmt: skip
+TokensPerPass = Annotated[
+    int | None, typer.Option("--tokens-per-pass", min=1, help="Heads share passes up to this size; 1: a head a pass.",
+                             rich_help_panel=HOW, show_default="512, on a GPU 4096"),
+]  # fmt: skip
 Profile = Annotated[
     Literal["default", "document", "seed"],
     typer.Option("--profile", help="document (or seed): the document's definitions, settings and columns.",

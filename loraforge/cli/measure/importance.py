@@ -14,32 +14,6 @@ from loraforge.cli.measure import _options as mo
 from loraforge.cli.measure._subject import subject_arguments
 from loraforge.errors import UsageError
 
-Method = Annotated[
-    Literal["exact", "taylor", "michel", "screen", "integrated"],
-    mo.option(mo.HOW, "--method", "Ablate each head; estimate all by gradients (signed, or absolute); both; integrate "
-              "gradients.", default="exact"),
-]  # fmt: skip
-Ablate = Annotated[
-    Literal["zero", "mean", "resample"],
-    mo.option(mo.HOW, "--ablate", "In a head's place: nothing, its mean output, that on another row.", default="zero"),
-]
-Unit = Annotated[
-    Literal["q", "kv"],
-    mo.option(mo.HOW, "--unit", "Each query head, or all that share a key-value head.", default="q"),
-]
-Layers = Annotated[str | None, mo.option(mo.HOW, "--layers", "Layers, as 0-5,7.", metavar="LIST", default="all")]
-MaxHeads = Annotated[
-    int | None, typer.Option("--max-heads", min=1, metavar="N", help="At most so many heads, drawn by --seed.",
-                             rich_help_panel=mo.HOW, show_default="all"),
-]  # fmt: skip
-ExactTop = Annotated[
-    int | None, typer.Option("--exact-top", min=1, metavar="N", help="For screen: heads to ablate, with N/4 others.",
-                             rich_help_panel=mo.HOW, show_default="20"),
-]  # fmt: skip
-TokensPerPass = Annotated[
-    int | None, typer.Option("--tokens-per-pass", min=1, help="Heads share passes up to this size; 1: a head a pass.",
-                             rich_help_panel=mo.HOW, show_default="512, on a GPU 4096"),
-]  # fmt: skip
 CacheBytes = Annotated[
     int | None, typer.Option("--cache-bytes", min=0, help="Memory for layers' outputs.", rich_help_panel=mo.HOW,
                              show_default="2 GiB, on a GPU half of what is free"),
@@ -73,15 +47,15 @@ def importance(
     subset: mo.Subset = None,
     batch_size: mo.BatchSize = 16,
     order: mo.Order = None,
-    method: Method = "exact",
+    method: mo.Method = "exact",
     objective: mo.Objective = "task",
     probe_steps: mo.ProbeSteps = 200,
-    ablate: Ablate = "zero",
-    unit: Unit = "q",
-    layers: Layers = None,
-    max_heads: MaxHeads = None,
-    exact_top: ExactTop = None,
-    tokens_per_pass: TokensPerPass = None,
+    ablate: mo.Ablate = "zero",
+    unit: mo.Unit = "q",
+    layers: mo.Layers = None,
+    max_heads: mo.MaxHeads = None,
+    exact_top: mo.ExactTop = None,
+    tokens_per_pass: mo.TokensPerPass = None,
     cache_bytes: CacheBytes = None,
     phase: Phase = None,
     profile: mo.Profile = "default",

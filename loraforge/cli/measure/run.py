@@ -43,25 +43,6 @@ Profile = Annotated[
     own.option(own.HOW, "--profile", "document (or seed): the document's files, columns and definitions, exactly.",
                default="default"),
 ]  # fmt: skip
-Method = Annotated[
-    Literal["exact", "taylor", "michel", "screen", "integrated"],
-    own.option(own.HOW, "--method", "Of the importance: closing every gate, gradients, or gradients and then the first "
-               "ones exactly.", default="exact"),
-]  # fmt: skip
-Ablate = Annotated[
-    Literal["zero", "mean", "resample"],
-    own.option(own.HOW, "--ablate", "What takes a head's place: nothing, its mean, another row's.", default="zero"),
-]
-Unit = Annotated[
-    Literal["q", "kv"], own.option(own.HOW, "--unit", "Each query head, or all of a key-value head.", default="q")
-]
-Layers = Annotated[str | None, own.option(own.HOW, "--layers", "Which.", metavar="0-5,8", default="all")]
-MaxHeads = Annotated[int | None, own.option(own.HOW, "--max-heads", "Most heads that are ablated.", metavar="N",
-                                            default="all")]  # fmt: skip
-ExactTop = Annotated[int | None, own.option(own.HOW, "--exact-top", "With screen: how many exactly.", metavar="N",
-                                            default="20")]  # fmt: skip
-TokensPerPass = Annotated[int | None, own.option(own.HOW, "--tokens-per-pass", "Tokens in one forward pass.",
-                                                 metavar="N", default="4096 on a GPU, 512 on a CPU")]  # fmt: skip
 Spectrum = Annotated[
     bool | None,
     typer.Option("--spectrum/--no-spectrum", help="Singular values of the update.", rich_help_panel=own.HOW,
@@ -104,15 +85,15 @@ def run(
     subset: Subset = "1024:999",
     batch_size: BatchSize = 16,
     profile: Profile = "default",
-    method: Method = "exact",
+    method: own.Method = "exact",
     objective: own.Objective = "task",
     probe_steps: own.ProbeSteps = 200,
-    ablate: Ablate = "zero",
-    unit: Unit = "q",
-    layers: Layers = None,
-    max_heads: MaxHeads = None,
-    exact_top: ExactTop = None,
-    tokens_per_pass: TokensPerPass = None,
+    ablate: own.Ablate = "zero",
+    unit: own.Unit = "q",
+    layers: own.Layers = None,
+    max_heads: own.MaxHeads = None,
+    exact_top: own.ExactTop = None,
+    tokens_per_pass: own.TokensPerPass = None,
     spectrum: Spectrum = None,
     topk: TopK = 20,
     hi: High = 90.0,
