@@ -50,7 +50,7 @@ def deep(folder: Path, family: str, **asked: Any) -> Subject:
     kind = KINDS.get(family, "images" if family == "vit" else "classification")
     rows: Sequence[Any] = pictures(folder) if kind == "images" else texts()
     spec = TaskSpec("t", test=rows, train=rows, kind=kind, labels=LABELS if kind not in KINDS.values() else None)
-    return open_subject(base, task=spec, device="cpu", **{"batch_size": 3, **asked})
+    return open_subject(base, task=spec, **{"device": "cpu", "batch_size": 3, **asked})
 
 
 def naive(subject: Subject, objective: Any) -> Tensor:
