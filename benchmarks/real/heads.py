@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from heads_train import METHODS, RATES, SEEDS, TASKS, TRAIN, pilot, run_folder, task_of, train_all
+from heads_train import LORA, METHODS, RATES, SEEDS, TASKS, TRAIN, pilot, run_folder, task_of, train_all
 from tasks_data import DEFAULT_WORK, REPOSITORY, base_folder, prepare
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "real-heads.json"
@@ -104,7 +104,7 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
         "benchmark": "heads", "machine": machine(), "commit": commit(),
         "date": datetime.date.today().isoformat(), "torch": torch.__version__,
         "transformers": transformers.__version__, "tasks": list(TASKS), "seeds": seeds, "rows": ROWS, "train": TRAIN,
-        "rates": RATES, "pilot": json.loads((work / "pilot.json").read_text(encoding="utf-8")), "runs": {}, "pairs": {},
+        "rates": RATES, "lora": LORA, "pilot": json.loads((work / "pilot.json").read_text(encoding="utf-8")), "runs": {}, "pairs": {},
         "probe": {},
     }  # fmt: skip
     for seed in seeds:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 MARK = "heads-table"
 # Key of stats.json -> how the table calls it.
 SHOWN = {
@@ -81,7 +79,7 @@ def between_table(results: dict[str, Any]) -> list[str]:
             )
         lines.append(f"| {title}: FFT with LoRA, each seed | {' | '.join(cells)} |")
     stability = results["summary"]["stability"]
-    for method in ("FFT", "LoRA"):
+    for method in ("FFT", f"LoRA-r{results['lora']['r']}"):
         for key, title in BETWEEN.items():
             cells = [f"{stability[method][task][key]['rho']:.2f}" for task in tasks]
             lines.append(f"| {title}: seed with seed, {method} | {' | '.join(cells)} |")
@@ -110,7 +108,7 @@ def probe_table(results: dict[str, Any]) -> list[str]:
 def heading(results: dict[str, Any]) -> str:
     """Where and on what the figures were measured."""
     heads = next(iter(results["runs"].values()))["stats"]["n_heads"]
-    seeds = np.array(results["seeds"])
+    seeds = results["seeds"]
     measured = ", ".join(sorted({run["commit"][:12] for run in results["runs"].values()}))
     return (
         f"{results['machine']}, torch {results['torch']}, transformers {results['transformers']}; measured with commit "
