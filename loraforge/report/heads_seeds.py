@@ -102,18 +102,27 @@ def verdict(content: Content) -> str:
     titles = [(STATISTICS.get(row["key"], row["key"]), row) for row in larger[:3]]
     named = "; ".join(f"{title} on {row['task']} ({row['a']} − {row['b']})" for title, row in titles)
     more = f" and {len(larger) - 3} more" if len(larger) > 3 else ""
-    return f"{len(larger)} of {len(known)} differences between methods are larger than seed noise: {named}{more}."
+    return (
+        f"{len(larger)} of {len(known)} differences between methods are larger than seed noise: {named}{more}. "
+        f"By chance alone about {0.05 * len(known):.1f} of them would be."
+    )
 
 
 def spread_table(content: Content) -> Table:
     """A row a task, statistic and method: mean, standard deviation, least, greatest."""
     rows = [
-        (task, STATISTICS[key], method, _pm(found[key]), *(found[key].get(name) for name in ("min", "max", "n")))
+        (task, STATISTICS[key], method, _pm(found[key]), *(_three(found[key].get(name)) for name in ("min", "max")),
+         found[key].get("n"))
         for key in STATISTICS
         for method, task, found in groups_of(content, "statistics")
         if key in found
     ]  # fmt: skip
     return Table(("task", "statistic", "method", "mean ± sd", "least", "greatest", "seeds"), tuple(rows))
+
+
+def _three(value: float | None) -> str | None:
+    """A number as the mean beside it has it."""
+    return None if value is None else f"{value:.3f}".replace("-", "−")
 
 
 def difference_table(content: Content) -> Table:

@@ -134,6 +134,9 @@ def paired_difference(a: Mapping[int, float | None], b: Mapping[int, float | Non
     if n < 2:
         return found | {"reason": f"{n} seeds of both methods: seed noise is unknown"}
     sd = float(values.std(ddof=1))
+    if sd <= 1e-9 * float(np.abs(values).max()):
+        # Counts and overlaps take few values: a few seeds can agree by accident.
+        return found | {"noise": 0.0, "reason": "every seed gave the same difference: seed noise is unknown"}
     half = float(t.ppf(0.975, n - 1)) * sd / n**0.5
     low, high = found["difference"] - half, found["difference"] + half
     return found | {"noise": sd, "ci": [low, high], "larger": bool(low > 0 or high < 0)}

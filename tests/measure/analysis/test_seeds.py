@@ -88,6 +88,8 @@ def test_differences_between_methods_are_paired_by_seed() -> None:
     single = paired_difference({1: 0.5, 2: None}, {1: 0.1, 2: 0.3})
     assert single["larger"] is None and single["difference"] == pytest.approx(0.4) and "unknown" in single["reason"]
     assert paired_difference({1: 0.5}, {2: 0.5})["difference"] is None
+    alike = paired_difference({1: 0.35, 2: 0.45}, {1: 0.15, 2: 0.25})
+    assert alike["larger"] is None and alike["ci"] is None and "same difference" in alike["reason"]
 
 
 def test_the_planted_difference_is_found_and_others_are_not_claimed_across_tasks(found: dict[str, Any]) -> None:
