@@ -52,7 +52,7 @@ def test_a_file_says_what_it_was_made_of(base: Path, data: Path, tmp_path: Path)
         about = json.loads(file.metadata()["loraforge.input_stats"])
     assert about["tokens"] == dict.fromkeys(names, found["tokens"]["most"])
     assert about["sources"][0]["name"] == str(data) and len(about["sources"][0]["sha256"]) == 64
-    assert {"loraforge", "torch", "transformers"} == about["versions"].keys()
+    assert {"loraforge", "python", "torch", "transformers"} == about["versions"].keys()
     assert sorted(os.listdir(out.parent)) == ["s.safetensors"]
 
 
