@@ -104,8 +104,8 @@ def assemble(work: Path, seeds: list[int]) -> dict[str, Any]:
         "benchmark": "heads", "machine": machine(), "commit": commit(),
         "date": datetime.date.today().isoformat(), "torch": torch.__version__,
         "transformers": transformers.__version__, "tasks": list(TASKS), "seeds": seeds, "rows": ROWS, "train": TRAIN,
-        "rates": RATES, "lora": LORA, "pilot": json.loads((work / "pilot.json").read_text(encoding="utf-8")), "runs": {}, "pairs": {},
-        "probe": {},
+        "rates": RATES, "lora": LORA, "pilot": json.loads((work / "pilot.json").read_text(encoding="utf-8")),
+        "runs": {}, "pairs": {}, "probe": {},
     }  # fmt: skip
     for seed in seeds:
         for task in TASKS:
