@@ -1,11 +1,14 @@
-"""What a result was made with: versions of what decides the numbers, and the program's own commit. Torch-free."""
+"""What a result was made with: versions, the program's own commit, digests of settings. Torch-free."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from loraforge import __version__
 
@@ -30,6 +33,11 @@ def commit() -> str | None:
     head = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", "loraforge", "csrc")
     return f"{head}{'+changes' if changed else ''}" if head else None
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-ready value: mappings in the order of their keys, what JSON does not know as text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _git(*words: str) -> str:

@@ -112,6 +112,10 @@ class Checkpoint:
         """SHA-256 of each file of weights, by file name."""
         return {file.name: sha256_of(file) for file in self.files}
 
+    def changed(self, recorded: Mapping[str, str]) -> list[str]:
+        """Files of weights, by name, that are others than those a record has the hashes of."""
+        return [name for name, digest in recorded.items() if self.sha256s.get(name, digest) != digest]
+
     @property
     def sha256(self) -> str:
         """SHA-256 of the file of weights; of the list of hashes (as sha256sum prints it) where there are several."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +34,7 @@ from loraforge.measure.subjects.subject import Subject, open_subject
 from loraforge.measure.updates.paths import PATH, PATH_HEADS, measure_path
 from loraforge.measure.updates.spectra import SPECTRUM_HEADS, measure_spectrum
 from loraforge.measure.updates.update import measure_update
-from loraforge.provenance import commit, versions
+from loraforge.provenance import commit, digest_of, versions
 from loraforge.tasks.rows import read_rows
 from loraforge.tasks.spec import SPLITS
 
@@ -245,8 +243,3 @@ class Plan:
 def _lines(name: str) -> tuple[str, ...]:
     """A file of lines behind the one that says how it was made."""
     return f"{Path(name).stem}.meta.json", name
-
-
-def digest_of(value: Any) -> str:
-    """Digest of a JSON-ready value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -225,8 +225,7 @@ def _base_sha256(base: str, record: Mapping[str, Any]) -> str:
         LoraforgeError: They are others.
     """
     checkpoint = open_checkpoint(base)
-    recorded: Mapping[str, str] = record.get("base_sha256") or {}
-    changed = [name for name, digest in recorded.items() if checkpoint.sha256s.get(name, digest) != digest]
+    changed = checkpoint.changed(record.get("base_sha256") or {})
     if changed:
         raise LoraforgeError(
             "the base is not the one of the training", where=base, got=f"another {', '.join(changed)}",

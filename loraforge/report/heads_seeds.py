@@ -111,18 +111,13 @@ def verdict(content: Content) -> str:
 def spread_table(content: Content) -> Table:
     """A row a task, statistic and method: mean, standard deviation, least, greatest."""
     rows = [
-        (task, STATISTICS[key], method, _pm(found[key]), *(_three(found[key].get(name)) for name in ("min", "max")),
-         found[key].get("n"))
+        (task, STATISTICS[key], method, _pm(found[key]),
+         *(_pm({"mean": found[key].get(name)}) for name in ("min", "max")), found[key].get("n"))
         for key in STATISTICS
         for method, task, found in groups_of(content, "statistics")
         if key in found
     ]  # fmt: skip
     return Table(("task", "statistic", "method", "mean ± sd", "least", "greatest", "seeds"), tuple(rows))
-
-
-def _three(value: float | None) -> str | None:
-    """A number as the mean beside it has it."""
-    return None if value is None else f"{value:.3f}".replace("-", "−")
 
 
 def difference_table(content: Content) -> Table:

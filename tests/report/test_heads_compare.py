@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from loraforge.report.heads_compare import compare_html, compare_pictures, diffe
 from loraforge.report.heads_spectra_charts import has_ranks, ranks_chart
 from tests.report.heads_material import make_comparison
 from tests.report.test_html import HOSTILE, _Page
+from tests.report.test_sortable import BROWSER, QUIET, browse
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,11 @@ def test_the_page_is_offline_and_complete(pair: dict[str, Any]) -> None:
     assert pair["findings"][0] in page.text and "Before training the runs are the same model" in page.text
     for said in ("FFT against LoRA-r8", "L1H11", "I_post FFT", "I_post LoRA-r8", "95 % by chance", "Budhraja"):
         assert said in page.text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
+def test_a_browser_finds_no_fault(pair: dict[str, Any], tmp_path: Path) -> None:
+    assert browse(compare_html(pair).replace("</body>", f"{QUIET}</body>"), tmp_path) == {"requests": 0}
 
 
 def test_names_of_runs_stay_text(monkeypatch: pytest.MonkeyPatch) -> None:

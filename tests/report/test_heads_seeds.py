@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from loraforge.report.heads_seeds import seeds_html, seeds_pictures, spread_table, stability_table, verdict
 from loraforge.report.heads_seeds_charts import statistics_chart
 from tests.report.heads_material import make_seeds
 from tests.report.test_html import _Page
+from tests.report.test_sortable import BROWSER, QUIET, browse
 
 
 def test_the_page_is_offline_and_complete() -> None:
@@ -18,6 +21,11 @@ def test_the_page_is_offline_and_complete() -> None:
     assert all(str(run["folder"]) in page.text for run in content["runs"])
     entry = content["statistics"]["FFT"]["rte"]["spearman_rho_Ipre_Urel"]
     assert f"{entry['mean']:.3f} ± {entry['sd']:.3f}".replace("-", "−") in page.text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
+def test_a_browser_finds_no_fault(tmp_path: Path) -> None:
+    assert browse(seeds_html(make_seeds()).replace("</body>", f"{QUIET}</body>"), tmp_path) == {"requests": 0}
 
 
 def test_the_verdict_counts_what_is_larger_than_noise() -> None:

@@ -54,6 +54,15 @@ def browse(text: str, folder: Path) -> dict[str, object]:
     return found
 
 
+QUIET = '<script>document.title = JSON.stringify({requests: performance.getEntriesByType("resource").length})</script>'
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
+def test_the_console_is_heard(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="console is silent"):
+        browse("<title>{}</title><script>console.error('heard')</script>", tmp_path)
+
+
 def table() -> str:
     return sortable(Table(("head", "I", "case"), ROWS, caption="a caption"), "heads")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
+
+from loraforge.provenance import digest_of
 
 PARTS = ("q", "k", "v", "o")
 STACKS = ("enc", "dec")
@@ -145,4 +145,4 @@ class HeadLayout:
     @property
     def sha256(self) -> str:
         """Digest of its content."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.to_json())

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,8 +36,3 @@ def importance_line(unit: Unit, values: Tensor, base: Tensor, method: str, asked
     }  # fmt: skip
     ready: dict[str, Any] = json_number(line)
     return ready
-
-
-def digest_of(rows: Sequence[int]) -> str:
-    """SHA-256 of row numbers in their order."""
-    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()

@@ -24,14 +24,14 @@ from loraforge.measure.importance.choice import Unit, read_layers, units_of
 from loraforge.measure.importance.exact import count_passes, estimated_seconds, exact_differences
 from loraforge.measure.importance.gradients import gate_gradients
 from loraforge.measure.importance.integrated import POINTS, integrated_differences
-from loraforge.measure.importance.lines import digest_of, importance_line
+from loraforge.measure.importance.lines import importance_line
 from loraforge.measure.importance.noise import noise_floor
 from loraforge.measure.importance.passes import Passes
 from loraforge.measure.importance.screen import chosen_for_exact, reliability
 from loraforge.measure.importance.settings import DOCUMENT_BATCH, DOCUMENT_KEYS, EXACT_TOP, ImportanceSettings
 from loraforge.measure.subjects.objectives import Objective, make_objective
 from loraforge.measure.subjects.subject import Subject
-from loraforge.provenance import versions
+from loraforge.provenance import digest_of, versions
 
 Tell = Callable[[str], None]
 

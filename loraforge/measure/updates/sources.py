@@ -100,7 +100,5 @@ def other_base(base: Checkpoint, trained: Path) -> list[str]:
     """A warning if a training's record names other weights of its base than these."""
     path = trained / "run.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    recorded = record.get("base_sha256")
-    if not isinstance(recorded, Mapping) or recorded.keys() != base.sha256s.keys() or recorded == base.sha256s:
-        return []
-    return [f"{base.path} is not the base that {path} names: the weights of its files are others"]
+    changed = base.changed(record.get("base_sha256") or {})
+    return [f"{base.path} is not the base that {path} names: another {', '.join(changed)}"] if changed else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,11 +87,6 @@ def depends_on(
 
 def _deciding(values: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if key not in (*_WITHOUT_EFFECT, "seed")}
-
-
-def digest_of(depends: Mapping[str, Any]) -> str:
-    """SHA-256 of what a run depends on."""
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
 def base_identity(base: str, config: Any) -> dict[str, Any]:

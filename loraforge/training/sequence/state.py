@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loraforge.errors import LoraforgeError
+from loraforge.provenance import digest_of
 from loraforge.storage.leftovers import hold
 from loraforge.training.ranks import is_first
-from loraforge.training.sequence.depends import check_same, digest_of
+from loraforge.training.sequence.depends import check_same
 from loraforge.training.sequence.layout import SEQUENCE, STATE, read_json, task_folder, write_json
 
 FORMAT = 1
